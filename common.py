@@ -1,0 +1,141 @@
+"""What every script shares: where the models are, one clear line per user error, pictures that always open, files that are never half written."""
+import contextlib
+import errno
+import io
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from safetensors import SafetensorError
+
+# ---------------------------------------------------------------- models
+REPO = Path(__file__).resolve().parent
+MODELS = {"vlm": "Qwen/Qwen2-VL-7B-Instruct", "t5": "google/flan-t5-xxl", "flux": "black-forest-labs/FLUX.1-dev"}
+MINI = {"vlm": f"{REPO}/mini/qwen2-vl", "t5": f"{REPO}/mini/t5", "flux": f"{REPO}/mini/flux", "aligner": f"{REPO}/mini/aligner-lvlm"}
+
+
+def mini_flag(parser, **defaults):
+    """Adds `--mini`, which does nothing but replace the parser's defaults by these: flags that are given still win. Call it last."""
+    parser.add_argument("--mini", action="store_true", help="use the miniature's models (with --help: show its defaults)")
+    if "--mini" in sys.argv[1:]:
+        parser.set_defaults(**defaults)
+
+
+def pretrained(cls, path, **kwargs):
+    """`cls.from_pretrained(path, **kwargs)`; a model that cannot be had is a UserError that says what to do."""
+    try:
+        return cls.from_pretrained(path, **kwargs)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"cannot load {path}: {first_line(error)} Check the name, log in with `hf auth login` and accept the licence if the model "
+                        "is gated (FLUX.1-dev is), or give the folder of a local copy.") from error
+
+
+# ---------------------------------------------------------------- errors
+class UserError(Exception):
+    """Something the user can put right. Its message is one line that says what to do."""
+
+
+def first_line(error):
+    """The first line of an exception's message with a full stop, or its type where there is none."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0].strip()
+    return line if line.endswith((".", "!", "?")) else line + "."
+
+
+def run(main):
+    """Calls main(); what a user can put right ends as one line on stderr and exit code 1 (Ctrl-C: 130), argparse's own errors as 2.
+
+    THINKDIFF_DEBUG=1 shows the traceback as well."""
+    try:
+        return main()
+    except KeyboardInterrupt:
+        message, code = "interrupted; the same command goes on from what is on disk", 130
+    except UserError as error:
+        message, code = str(error), 1
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        message, code = f"out of memory: use a smaller --batch. {first_line(error)}", 1
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        advice = {errno.ENOSPC: " Free some space or choose another --out, then run the same command again.",
+                  errno.EACCES: " Choose a path that you may read and write.", errno.EROFS: " Choose a path that can be written."}
+        message, code = f"{where}{first_line(error.strerror or error)}{advice.get(error.errno, '')}", 1
+    except RuntimeError as error:  # torch.distributed has no type of its own for this
+        if "EADDRINUSE" not in str(error):
+            raise
+        message, code = "the port is in use: start with `torchrun --standalone` (any free port) or another --master-port", 1
+    if os.environ.get("THINKDIFF_DEBUG") == "1":
+        traceback.print_exc()
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+# ---------------------------------------------------------------- processes and devices
+def torchrun_ranks():
+    """(rank, number of processes, rank on this machine) as torchrun sets them; (0, 1, 0) without it."""
+    return tuple(int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+
+
+def pick_device():
+    """(device, dtype): this process's GPU in bf16 (fp32 where it has no bf16), or the CPU in fp32, where bf16 is slower."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu"), torch.float32
+    local_rank = torchrun_ranks()[2]
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(f"process {local_rank} has no GPU: use torchrun --nproc_per_node {torch.cuda.device_count()}")
+    torch.cuda.set_device(local_rank)
+    bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.device("cuda", local_rank), torch.bfloat16 if bf16 else torch.float32
+
+
+# ---------------------------------------------------------------- pictures
+MAX_PIXELS = 20_000 * 20_000  # 1.2 GB as RGB: above, a file is more likely an attack than a picture
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit is lower; open_image has MAX_PIXELS
+
+
+def open_image(source, name=None, max_side=4096):
+    """The RGB picture in a path, bytes or binary file: upright (EXIF), transparency on white, 16 bit scaled to 8, at most max_side pixels long.
+
+    Raises UserError with `name` (default: the path) if it cannot be read in full."""
+    name = name or (source if isinstance(source, (str, os.PathLike)) else "the picture")
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels are too many")
+            image.draft(None, (max_side, max_side))  # JPEG only: decodes at a fraction of the size
+            image.thumbnail((max_side, max_side))  # first, because each copy of a huge picture costs gigabytes
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):  # 16 bit grey; convert() would clip at 255
+                image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert("RGB")
+    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error, ...
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error).rstrip(".")
+        raise UserError(f"cannot read {name}: {reason}") from error
+
+
+# ---------------------------------------------------------------- files
+def write_atomically(path, data):
+    """Writes bytes, text or what data(temporary_path) writes, so that `path` is absent, old or complete, whenever the process is killed."""
+    temporary = Path(f"{path}.tmp{torchrun_ranks()[0]}")
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        if callable(data):
+            data(temporary)
+        else:
+            temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def write_json(path, value):
+    """Writes `value` as indented JSON, atomically."""
+    write_atomically(path, json.dumps(value, indent=1) + "\n")

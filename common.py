@@ -1,4 +1,4 @@
-"""What every script shares: where the models are, one clear line per user error, pictures that always open, files that are never half written."""
+"""What every script shares: model paths, one clear line per user error, pictures of any kind, files that are never half written."""
 import contextlib
 import errno
 import io
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from safetensors import SafetensorError
 
 # ---------------------------------------------------------------- models
@@ -28,11 +28,13 @@ def mini_flag(parser, **defaults):
 
 def pretrained(cls, path, **kwargs):
     """`cls.from_pretrained(path, **kwargs)`; a model that cannot be had is a UserError that says what to do."""
+    if str(path).startswith((".", "/", "~")) and not os.path.isdir(path):
+        raise UserError(f"{path} is no folder: give the folder of a model, or its name on the hub")
     try:
         return cls.from_pretrained(path, **kwargs)
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"cannot load {path}: {first_line(error)} Check the name, log in with `hf auth login` and accept the licence if the model "
-                        "is gated (FLUX.1-dev is), or give the folder of a local copy.") from error
+        raise UserError(f"cannot load {path}: {first_line(error)} Check the name, log in with `hf auth login` and accept the licence if "
+                        "the model is gated (FLUX.1-dev is), or give the folder of a local copy.") from error
 
 
 # ---------------------------------------------------------------- errors
@@ -97,7 +99,7 @@ Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit is lower; open_image has MAX
 
 
 def open_image(source, name=None, max_side=4096):
-    """The RGB picture in a path, bytes or binary file: upright (EXIF), transparency on white, 16 bit scaled to 8, at most max_side pixels long.
+    """The RGB picture in a path, bytes or binary file: upright (EXIF), on white, 16 bit scaled to 8, at most max_side pixels long.
 
     Raises UserError with `name` (default: the path) if it cannot be read in full."""
     name = name or (source if isinstance(source, (str, os.PathLike)) else "the picture")
@@ -115,8 +117,9 @@ def open_image(source, name=None, max_side=4096):
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image.convert("RGB")
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error, ...
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error).rstrip(".")
-        raise UserError(f"cannot read {name}: {reason}") from error
+        unknown = isinstance(error, UnidentifiedImageError)
+        reason = "it is empty or no picture" if unknown else getattr(error, "strerror", None) or first_line(error)
+        raise UserError(f"cannot read {name}: {reason.rstrip('.')}") from error
 
 
 # ---------------------------------------------------------------- files
@@ -128,7 +131,7 @@ def write_atomically(path, data):
         if callable(data):
             data(temporary)
         else:
-            temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+            temporary.write_bytes(data.encode("utf-8", "surrogateescape") if isinstance(data, str) else data)  # file names can be any bytes
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):

@@ -82,7 +82,8 @@ def _example(rng, tokenizer, bare, most):
         corrupt, target, i = [], [], 0
         while i < len(source):
             if len(target) < 24 and rng.random() < 0.12:
-                sentinel = tokenizer.convert_tokens_to_ids(f"<extra_id_{min(sum(t >= len(tokenizer) - SENTINELS for t in target), SENTINELS - 1)}>")
+                used = sum(t >= len(tokenizer) - SENTINELS for t in target)
+                sentinel = tokenizer.convert_tokens_to_ids(f"<extra_id_{min(used, SENTINELS - 1)}>")
                 width = rng.randint(1, 3)
                 corrupt, target = corrupt + [sentinel], target + [sentinel] + source[i:i + width]
                 i += width
@@ -97,16 +98,19 @@ def _example(rng, tokenizer, bare, most):
     return ids(f"{task if task != 'prefix' else 'copy'}:") + source + [1], target + [1]
 
 
-def t5_batch(tokenizer, seed, size):
-    """-> source (B, S) int64, mask (B, S) int64, labels (B, T) int64 with -100 as padding. A pure function of `seed`."""
+def t5_batch(tokenizer, seed, size, short=False):
+    """-> source (B, S) int64, mask (B, S) int64, labels (B, T) int64 with -100 as padding. A pure function of the arguments.
+
+    short: one-sentence texts only, where reading is learned first, at a third of the cost.
+    """
     rng = random.Random(seed)
     bare = tokenizer.convert_tokens_to_ids("▁")
-    most = rng.choice([2, 2, 5])  # sentences: long texts kept to their own batches, where padding to their length is no waste
+    most = 1 if short else rng.choice([2, 2, 5])  # sentences; long texts keep to batches of their own, to save padding
     pairs = [_example(rng, tokenizer, bare, most) for _ in range(size)]
     width = max(len(s) for s, _ in pairs)
     padded = rng.random() < 0.5  # FluxPipeline pads to a fixed length and passes no mask, so the pads are part of the prompt
     if padded:
-        width = max(width, rng.choice([0, 32, 64] if most > 2 else [0, 24, 32, 48]))
+        width = max(width, rng.choice([0, 32, 64] if most > 2 else [0, 24] if short else [0, 24, 32, 48]))
     source = torch.tensor([s + [0] * (width - len(s)) for s, _ in pairs])
     mask = torch.ones_like(source) if padded else torch.tensor([[1] * len(s) + [0] * (width - len(s)) for s, _ in pairs])
     long = max(len(t) for _, t in pairs)
@@ -114,10 +118,11 @@ def t5_batch(tokenizer, seed, size):
 
 
 # ---------------------------------------------------------------- model and training
-D_MODEL, ENCODER_LAYERS, DECODER_LAYERS = 32, 2, 3  # narrow: the texts must fill its width, or aligned features leave it
+D_MODEL, HEADS, ENCODER_LAYERS, DECODER_LAYERS = 32, 4, 2, 3  # narrow: the texts must fill its width, or aligned features leave it
 NORM = 0.25  # scale of the encoder's final norm, frozen: far below 1 as in T5-XXL, where the aligner's norm is initialised from it
 NOISE = 1.5  # of the encoder output's RMS, at most, while training: near-by features must mean the same to the decoder
-STEPS, BATCH, LR = 2000, 64, 2e-3
+SHORT = 0.5  # of the steps on one-sentence texts, while the noise grows from 0
+STEPS, BATCH, LR = 2400, 64, 3e-3
 
 
 def new_t5(tokenizer, seed=0, d_model=None, encoder_layers=None, norm=None):
@@ -125,11 +130,17 @@ def new_t5(tokenizer, seed=0, d_model=None, encoder_layers=None, norm=None):
     torch.manual_seed(seed)
     d_model = d_model or D_MODEL
     model = T5ForConditionalGeneration(T5Config(
-        vocab_size=len(tokenizer), d_model=d_model, d_kv=16, num_heads=d_model // 16, d_ff=2 * d_model, num_layers=encoder_layers or ENCODER_LAYERS,
+        vocab_size=len(tokenizer), d_model=d_model, d_kv=16, num_heads=HEADS, d_ff=2 * d_model, num_layers=encoder_layers or ENCODER_LAYERS,
         num_decoder_layers=DECODER_LAYERS, feed_forward_proj="gated-gelu", dropout_rate=0.0, relative_attention_max_distance=64,
         decoder_start_token_id=0, pad_token_id=0, eos_token_id=1))
-    # transformers 5 ties lm_head to the embedding whatever the config says; two different tensors stay two on loading
-    model.lm_head.weight = nn.Parameter(torch.randn_like(model.lm_head.weight) * 0.5)
+    # transformers 5 ties lm_head to the embedding whatever the config says; two different tensors stay two on loading.
+    # They start as one, and cross-attention as the identity: the words it looks at are the words it says, which saves thousands of steps
+    model.lm_head.weight = nn.Parameter(model.shared.weight.detach().clone())
+    for block in model.decoder.block:
+        cross = block.layer[1].EncDecAttention
+        eye = torch.linalg.qr(torch.randn(HEADS * 16, d_model)).Q  # (heads * d_kv, d_model), orthonormal columns
+        cross.v.weight.data, cross.o.weight.data = eye.contiguous() / NORM, eye.T.contiguous()
+        cross.k.weight.data /= NORM
     model.encoder.final_layer_norm.weight.data = (norm or NORM) * torch.exp(0.2 * torch.randn(d_model))
     model.encoder.final_layer_norm.weight.requires_grad_(False)
     return model
@@ -158,10 +169,10 @@ def train_t5(out, build, seed=0, device="cpu", steps=None, noise=None, **size):
         schedule.step()
     bar = tqdm(range(start, steps), "T5", initial=start, total=steps, mininterval=1)
     for step in bar:
-        source, mask, labels = (t.to(device) for t in t5_batch(tokenizer, f"t5-{seed}-{step}", BATCH))
+        source, mask, labels = (t.to(device) for t in t5_batch(tokenizer, f"t5-{seed}-{step}", BATCH, short=step < SHORT * steps))
         memory = model.encoder(source, attention_mask=mask).last_hidden_state  # (B, S, d_model)
         g = torch.Generator().manual_seed(seed * 10**6 + step)
-        sigma = torch.rand(len(source), 1, 1, generator=g) * (NOISE if noise is None else noise)
+        sigma = torch.rand(len(source), 1, 1, generator=g) * (NOISE if noise is None else noise) * min(1, step / (SHORT * steps))
         memory = memory + (sigma * torch.randn(memory.shape, generator=g)).to(device) * rms
         loss = model(encoder_outputs=(memory,), attention_mask=mask, labels=labels).loss
         optimizer.zero_grad(set_to_none=True)
@@ -171,8 +182,8 @@ def train_t5(out, build, seed=0, device="cpu", steps=None, noise=None, **size):
         schedule.step()
         if step % 20 == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}")
-        if (step + 1) % 250 == 0 or step + 1 == steps:
-            tensors = {"step": torch.tensor(step + 1)} | {"model." + n: p.data for n, p in named.items()}
+        if (step + 1) % 100 == 0 or step + 1 == steps:
+            tensors = {"step": torch.tensor(step + 1)} | {"model." + n: p.data.contiguous() for n, p in named.items()}
             tensors |= {f"{k}.{n}": optimizer.state[p][k] for n, p in named.items() for k in ("exp_avg", "exp_avg_sq")}
             save_file(tensors, f"{state}.tmp")
             os.replace(f"{state}.tmp", state)
@@ -184,7 +195,9 @@ def train_t5(out, build, seed=0, device="cpu", steps=None, noise=None, **size):
 def t5_labels(model, tokenizer, texts, task="label", max_new_tokens=60):
     """What T5 reads in `texts`: the label of each (or, with task "copy", the text again), through encoder and decoder."""
     batch = tokenizer([f"{task}: {t}" for t in texts], padding=True, return_tensors="pt").to(model.device)
-    return tokenizer.batch_decode(model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False), skip_special_tokens=True)
+    # no cache: transformers 5.23 sizes the decoder's by the encoder's number of layers and fails when they differ
+    ids = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False, use_cache=False)
+    return tokenizer.batch_decode(ids, skip_special_tokens=True)
 
 
 if __name__ == "__main__":

@@ -30,13 +30,14 @@ ROOT = Path(__file__).parent
 KIND = {pair: index for index, pair in enumerate(PAIRS)}
 
 # ---------------------------------------------------------------- sizes and schedule
-WIDTH, LAYERS, HEADS = 160, 4, 5  # text model: heads of 32
+WIDTH, LAYERS, HEADS = 128, 4, 4  # text model: heads of 32
 VISION_WIDTH, VISION_LAYERS = 96, 2
 PATCH, MERGE = 8, 2  # 64 px -> 8 x 8 patches -> 16 tokens
 PICTURE_TOKENS = 16
 PRETRAIN_STEPS, PRETRAIN_BATCH = 600, 64  # vision tower as a classifier first: the text model then has something to look at
 STEPS = 1600
-BATCH = {"caption": 16, "two": 10, "four": 10, "judge": 10}  # samples a step, each group at its own length
+LOOKS = 48  # pictures a step that are only classified: cheap, and recognising nouns is the bottleneck
+BATCH = {"caption": 12, "two": 8, "four": 8, "judge": 8}  # samples a step, each group at its own length
 WEIGHT = {"caption": 0.35, "two": 0.225, "four": 0.225, "judge": 0.2}
 LR, WARMUP = 2e-3, 60
 SAVE_SECONDS = 120
@@ -124,7 +125,7 @@ def make_processor():
 def make_model(tokenizer):
     token = tokenizer.convert_tokens_to_ids
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}  # sums to head_dim / 2
-    text = dict(vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=WIDTH * 5 // 2, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
+    text = dict(vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=WIDTH * 3, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
                 num_key_value_heads=HEADS, max_position_embeddings=4096, rope_parameters=rope, bos_token_id=token("<|endoftext|>"),
                 eos_token_id=token("<|im_end|>"), pad_token_id=token("<|endoftext|>"))
     vision = dict(depth=VISION_LAYERS, embed_dim=VISION_WIDTH, hidden_size=WIDTH, num_heads=VISION_WIDTH // 32, mlp_ratio=4, patch_size=PATCH,
@@ -280,6 +281,17 @@ def train(build=ROOT / "build", out=ROOT / "mini/qwen2-vl", steps=STEPS):
                                 "seconds": spent + time.time() - began})
 
     values = [(d, v) for d in DETAILS for v in DETAILS[d]]
+
+    def classify(kinds, seen):
+        """The vision tower as a classifier of noun and value: also beside the questions, at no cost, since nouns are what is learned last."""
+        scores = head(seen.mean(1))  # (n, 20 nouns + 50 values)
+        noun = torch.tensor([(OBJECTS + ANIMALS).index(PAIRS[kind][2]) for kind, _ in kinds])
+        value = torch.tensor([values.index(PAIRS[kind][:2]) for kind, _ in kinds])
+        losses = {"noun": F.cross_entropy(scores[:, :20], noun), "value": F.cross_entropy(scores[:, 20:], value)}
+        for name, loss in losses.items():
+            mean_loss[name] = 0.95 * mean_loss.get(name, loss.item()) + 0.05 * loss.item()
+        return sum(losses.values())
+
     began = saved = time.time()
     mean_loss = {}
     total = PRETRAIN_STEPS + steps
@@ -289,16 +301,9 @@ def train(build=ROOT / "build", out=ROOT / "mini/qwen2-vl", steps=STEPS):
         at, span = (step, PRETRAIN_STEPS) if step < PRETRAIN_STEPS else (step - PRETRAIN_STEPS, steps)
         for group in optimizer.param_groups:
             group["lr"] = LR * min(1, (at + 1) / WARMUP) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1, at / span))))
-        if step < PRETRAIN_STEPS:
-            kinds = [rng.randrange(len(PAIRS)) for _ in range(PRETRAIN_BATCH)]
-            pics = augment(np.stack([store[kind, rng.randrange(PER_KIND)] for kind in kinds]), rng.randrange(2 ** 32), 0.1, 0.2)
-            scores = head(see(model, pics).mean(1))
-            noun = torch.tensor([(OBJECTS + ANIMALS).index(PAIRS[k][2]) for k in kinds])
-            value = torch.tensor([values.index(PAIRS[k][:2]) for k in kinds])
-            loss = F.cross_entropy(scores[:, :20], noun) + F.cross_entropy(scores[:, 20:], value)
-            loss.backward()
-            mean_loss["pre"] = 0.95 * mean_loss.get("pre", loss.item()) + 0.05 * loss.item()
-        else:
+        kinds = [(rng.randrange(len(PAIRS)), rng.randrange(PER_KIND)) for _ in range(PRETRAIN_BATCH if step < PRETRAIN_STEPS else LOOKS)]
+        classify(kinds, see(model, augment(np.stack([store[k] for k in kinds]), rng.randrange(2 ** 32), 0.1, 0.2))).backward()
+        if step >= PRETRAIN_STEPS:
             for task, count in BATCH.items():
                 length = rng.choice([40, 40, 40, 66])  # all answers of a group equally long: no padding; 66 as the pipeline generates 64
                 if task == "caption":
@@ -309,11 +314,11 @@ def train(build=ROOT / "build", out=ROOT / "mini/qwen2-vl", steps=STEPS):
                 else:
                     gap = rng.choice(["", "", "", " ", "\n", "\n\n"])  # between instruction and first word: the paper does not say
                     samples = [in_context_sample(encode, rng, 2 if task == "two" else 4, gap, length, end) for _ in range(count)]
-                pics = np.stack([store[kind, index] for sample in samples for kind, index in sample[1]])
-                seen = see(model, augment(pics, rng.randrange(2 ** 32), *((0.15, 0.4) if task == "judge" else (0.06, 0.1))))
+                kinds = [kind for sample in samples for kind in sample[1]]
+                seen = see(model, augment(np.stack([store[k] for k in kinds]), rng.randrange(2 ** 32), *((0.15, 0.4) if task == "judge" else (0.06, 0.1))))
                 logits, targets = answer_logits(model, collate(tokenizer, encode, samples), seen)
                 loss = F.cross_entropy(logits, targets)
-                (loss * WEIGHT[task]).backward()
+                (loss * WEIGHT[task] + classify(kinds, seen) * WEIGHT[task]).backward()
                 mean_loss[task] = 0.95 * mean_loss.get(task, loss.item()) + 0.05 * loss.item()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()

@@ -22,6 +22,7 @@ import math
 import os
 import random
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -29,6 +30,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from diffusers import FluxPipeline
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
@@ -36,8 +39,9 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, T5ForConditionalGeneration
 
 from aligner import NORMS, Aligner, load_aligner
-from common import MINI, MODELS, UserError, mini_flag, open_image, pick_device, pretrained, run, torchrun_ranks, write_atomically
-from prepare_data import encode_messages, generate_with_features, load_vlm, recompute_features
+from common import MINI, MODELS, REPO, UserError, mini_flag, open_image, pick_device, pretrained, run, torchrun_ranks, write_atomically
+from prepare_data import (Sample, caption_messages, encode_messages, generate_with_features, load_picture, load_vlm, prompt_features,
+                          read_shards, teacher_forced_features)
 
 # ---------------------------------------------------------------- constants (protocol; paper section 4.1 and appendix B)
 INSTRUCTION = ("I give you several words and pictures. First, please analyse what the next picture is. Then give me a detailed "
@@ -50,38 +54,44 @@ WARMUP_FROM = 1e-6  # learning rate at step 0
 
 # ---------------------------------------------------------------- data: shards of tokens y and features x
 class Shards:
-    """The samples that `prepare_data.py lvlm` wrote to a folder; `shards[i]` -> x (N, d_vlm) bf16, y (N,) int64.
+    """The samples that `prepare_data.py lvlm` wrote to a folder: `shards[i]` -> x (N, d_vlm) bf16, y (N,) int64.
 
-    Nothing but an index is kept in memory (780 GB at paper scale). With `prepare_data.py --tokens-only` there are no
-    features: x is None, and `image(i)`, `prompt(i)` say what to recompute it from."""
+    Only an index is kept in memory (780 GB at paper scale). With `--tokens-only` data x is recomputed from picture and
+    tokens by the VLM, see `recompute`."""
 
     def __init__(self, folder):
         try:
             self.meta = json.loads((Path(folder) / "meta.json").read_text())
-        except FileNotFoundError:
-            raise UserError(f"no training data in {folder} (meta.json is missing): make it with `python prepare_data.py lvlm --out {folder}`") from None
-        self.files, self.index, self.samples = {}, [], []
-        for file in sorted(Path(folder).glob("shard-*.safetensors")):
-            lines = file.with_suffix(".jsonl").read_text().splitlines()
-            self.index += [(file, row) for row in range(len(lines))]
-            self.samples += [json.loads(line) for line in lines]
-        if not self.index:
-            raise UserError(f"{folder} holds no finished shard yet: let `prepare_data.py lvlm` write at least one")
-        # the order must not depend on how many ranks prepared the data
-        order = sorted(range(len(self.index)), key=lambda i: self.samples[i]["key"])
-        self.index, self.samples = [self.index[i] for i in order], [self.samples[i] for i in order]
+        except (FileNotFoundError, NotADirectoryError):
+            raise UserError(f"no training data in {folder} (no meta.json there): make it with `python prepare_data.py lvlm --out {folder}`") from None
+        self.files, self.rows = {}, []  # rows: (file, row in the file, picture's record)
+        for stem, content in read_shards(folder):
+            self.rows += [(f"{stem}.safetensors", row, record) for row, record in enumerate(content["samples"])]
+        self.rows.sort(key=lambda row: row[2]["index"])  # an order that does not depend on how many processes prepared the data
 
     def __len__(self):
-        return len(self.index)
+        return len(self.rows)
+
+    def tensor(self, i, name):
+        file, row, _ = self.rows[i]
+        if file not in self.files:
+            self.files[file] = safe_open(file, "pt")  # memory-mapped: only the row asked for is read
+        return self.files[file].get_slice(name)[row]
 
     def __getitem__(self, i):
-        file, row = self.index[i]
-        if file not in self.files:
-            self.files[file] = safe_open(file, "pt")  # memory-mapped: reads only the rows asked for
-        f = self.files[file]
-        n = self.samples[i].get("length")  # features of a prompt (--features input) differ in length
-        x = f.get_slice("features")[row, :n] if "features" in f.keys() else None
-        return x, f.get_slice("tokens")[row].long()
+        x, y = self.tensor(i, "features"), self.tensor(i, "tokens").long()
+        return (x[:self.tensor(i, "lengths")] if self.meta["features"] == "input" else x), y
+
+    def recompute(self, i, vlm):
+        """shards[i] of `--tokens-only` data: one teacher-forced pass of the frozen VLM (protocol: x_i is the state from which
+        y_i was sampled). Raises UserError if the picture is gone."""
+        model, processor = vlm
+        record, y = self.rows[i][2], self.tensor(i, "tokens").long()
+        image = load_picture(Sample(*record["sample"]), self.meta["max_side"])
+        inputs = encode_messages(processor, [caption_messages(image, record["prompt"])]).to(model.device)
+        if self.meta["features"] == "input":
+            return prompt_features(model, inputs)[0].bfloat16().cpu(), y
+        return teacher_forced_features(model, inputs, y[None].to(model.device))[0].bfloat16().cpu(), y
 
 
 def sample_order(n, seed, start):
@@ -93,14 +103,14 @@ def sample_order(n, seed, start):
         epoch, skip = epoch + 1, 0
 
 
-def split(x, y, masking, position, seed):
-    """f_mask of Eq. 2: features of a prefix and the tokens of the rest.
+def split(x, y, args, position):
+    """f_mask of Eq. 2: the features of a prefix x_1..x_s and the tokens of the rest y_{s+1}..y_N, s uniform in [1, N-1].
 
-    x (N', d_vlm), y (N,). masking "random": s uniform in [1, N-1] -> x_1..x_s, y_{s+1}..y_N. "none" (Table 3): all features,
-    all tokens. position: the sample's place in the training stream, which alone (with the seed) decides s."""
-    if masking == "none":
+    x (N, d_vlm), y (N,). position: the sample's place in the training stream, which with the seed decides s.
+    --masking none (Table 3): all features, all tokens; so too for a prompt's features, which have no token to be masked with."""
+    if args.masking == "none" or args.features == "input":
         return x, y
-    s = random.Random(f"{seed} {position}").randint(1, len(y) - 1)
+    s = random.Random(f"{args.seed} {position}").randint(1, len(y) - 1)
     return x[:s], y[s:]
 
 
@@ -146,7 +156,7 @@ def learning_rate(step, args):
 
 
 # ---------------------------------------------------------------- checkpoints: a folder each, complete or not there at all
-SETTINGS = ("data", "vlm", "t5", "batch_size", "lr", "lr_end", "lr_horizon", "warmup", "masking", "norm", "seed", "held_out")
+SETTINGS = ("data", "vlm", "t5", "batch_size", "lr", "lr_end", "lr_horizon", "warmup", "masking", "features", "norm", "seed", "held_out")
 
 
 def save_checkpoint(out, step, aligner, optimizer, args):
@@ -212,7 +222,8 @@ def train(args):
     if args.batch_size % world:
         raise UserError(f"--batch-size {args.batch_size} cannot be shared by {world} processes: choose a multiple of {world}")
     data = Shards(args.data)
-    recompute = data.meta["tokens_only"]
+    if data.meta["features"] != args.features:
+        raise UserError(f"{args.data} holds features of {data.meta['features']} tokens: pass --features {data.meta['features']}, or prepare other data")
     n_held_out = min(args.held_out, len(data) // 10)
     n_train = len(data) - n_held_out  # the last samples in key order are held out
     if n_train < 1 or n_held_out < 1:
@@ -228,7 +239,7 @@ def train(args):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
     vlm_tokenizer, t5_tokenizer = pretrained(AutoTokenizer, args.vlm), pretrained(AutoTokenizer, args.t5)
-    vlm = load_vlm(args.vlm, device, dtype) if recompute else None
+    vlm = load_vlm(args.vlm, device, dtype) if data.meta["tokens_only"] else None
     t5 = load_t5_decoder(args.t5, device, dtype)
     torch.manual_seed(args.seed)
     aligner = Aligner(data.meta["d_vlm"], t5.config.d_model, norm=args.norm, eps=t5.config.layer_norm_epsilon)
@@ -244,11 +255,19 @@ def train(args):
         print(f"trains {sum(p.numel() for p in aligner.parameters()):,} parameters on {n_train:,} samples ({n_held_out:,} held out), "
               f"{world} x {args.batch_size // world} a step, {device.type} {dtype}".replace("torch.", ""))
 
+    lost = set()
+
     def batch(numbers, positions):
-        samples = [data[i] for i in numbers]
-        if recompute:
-            samples = list(zip(recompute_features(*vlm, data, numbers, [y for _, y in samples]), [y for _, y in samples]))
-        return collate([split(x, y, args.masking, p, args.seed) for (x, y), p in zip(samples, positions)], vlm_tokenizer, t5_tokenizer, device)
+        pairs = []
+        for i, position in zip(numbers, positions):
+            try:
+                x, y = data.recompute(i, vlm) if vlm else data[i]
+            except UserError as e:  # a picture that has gone since: leave it out, say so, go on
+                lost.add(i)
+                tqdm.write(f"skipped ({len(lost)} so far): {e}", file=sys.stderr)
+                continue
+            pairs.append(split(x, y, args, position))
+        return collate(pairs, vlm_tokenizer, t5_tokenizer, device)
 
     @torch.no_grad()
     def held_out_loss():
@@ -307,7 +326,7 @@ def train(args):
             running, since, seen = [], time.time(), 0
         if rank == 0:
             if pipe and step % args.sample_every == 0:  # the same held-out features each time, to watch them become pictures
-                xs = [x for x, _ in (data[n_train + i] for i in range(min(8, n_held_out)))]
+                xs = [(data.recompute(i, vlm) if vlm else data[i])[0] for i in range(n_train, n_train + min(8, n_held_out))]
                 with torch.no_grad():
                     images = [draw(pipe, aligner(x[None].to(device)), [args.seed], args.size, args.sample_steps, 3.5)[0] for x in xs]
                 write_atomically(out / f"sample-{step:07d}.png", lambda f: side_by_side(images).save(f, "PNG"))
@@ -355,27 +374,205 @@ def relay_embeds(pipe, texts, max_length):
 
 
 def context_message(parts, instruction):
-    """Chat messages for an interleaved context: parts is a list of ("text", str) and ("image", PIL image)."""
-    content = [{"type": "text", "text": instruction}] if instruction else []
+    """Chat messages for an interleaved context: parts is a list of ("text", str) and ("image", PIL image), in reading order."""
     return [{"role": "system", "content": "You are a helpful assistant."},
-            {"role": "user", "content": content + [{"type": kind, kind: value} for kind, value in parts]}]
+            {"role": "user", "content": [{"type": "text", "text": instruction}] + [{"type": kind, kind: value} for kind, value in parts]}]
 
 
-@torch.no_grad()
-def think(vlm, messages, max_new_tokens, temperature=0.0, seed=0, ignore_eos=False):
-    """The VLM answers each of `messages`: list of (text, features (n, d_vlm)), n up to and with the end token."""
-    model, processor = vlm
-    torch.manual_seed(seed)
-    tokens, features, lengths = generate_with_features(model, encode_messages(processor, messages), max_new_tokens, ignore_eos=ignore_eos,
-                                                       do_sample=temperature > 0, temperature=temperature or 1.0)
-    texts = [processor.tokenizer.decode(t[:n], skip_special_tokens=True) for t, n in zip(tokens, lengths)]
-    return [(text, x[:n]) for text, x, n in zip(texts, features, lengths)]
+def read_contexts(args):
+    """The contexts to draw: [{"parts", "instruction", "out", "seed"}], from --batch or from the command line, and what was skipped.
+
+    Pictures are opened here, before any model is loaded."""
+    if args.batch:
+        try:
+            lines = [line for line in Path(args.batch).read_text().splitlines() if line.strip()]
+        except OSError as e:
+            raise UserError(f"cannot read --batch {args.batch}: {e.strerror}") from None
+    else:
+        lines = [None]
+    contexts, skipped = [], []
+    for number, line in enumerate(lines, 1):
+        try:
+            if line is None:
+                typed, folder, item = args.typed or args.example, Path(), {}
+            else:
+                item, folder = json.loads(line), Path(args.batch).parent
+                typed = [(kind, value) for part in item["context"] for kind, value in part.items()]
+            parts = [(kind, open_image(folder / value) if kind == "image" else str(value)) for kind, value in typed]
+            out = Path(item.get("out", args.out) if not args.batch else item.get("out") or Path(args.out) / f"{number:05d}.png")
+            contexts.append({"parts": parts, "instruction": item.get("instruction", args.instruction), "out": out, "seed": item.get("seed", args.seed)})
+        except (UserError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as e:
+            if line is None:
+                raise
+            reason = e if isinstance(e, UserError) else 'not a line like {"context": [{"text": "..."}, {"image": "a.png"}], "out": "b.png"}'
+            skipped.append(f"{args.batch} line {number}: {reason}")
+    return contexts, skipped
+
+
+def output_names(context, args):
+    """One file name for each of --num-images pictures; a UserError if one cannot be written or would overwrite something."""
+    out = context["out"]
+    names = [out] if args.num_images == 1 else [out.with_name(f"{out.stem}-{k + 1}{out.suffix}") for k in range(args.num_images)]
+    for name in names:
+        if name.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+            raise UserError(f"--out {name}: end the name in .png, .jpg or .webp")
+        if name.exists() and not args.overwrite:
+            raise UserError(f"{name} exists: choose another --out, or add --overwrite")
+        try:
+            name.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise UserError(f"cannot write to {name.parent}: {e.strerror}; choose another --out") from None
+        if not os.access(name.parent, os.W_OK):
+            raise UserError(f"cannot write to {name.parent}: permission denied; choose another --out")
+    return names
+
+
+def generate(args):
+    if not (args.batch or args.typed or args.example):
+        raise UserError("no context: give --text and --image in reading order, --batch FILE.jsonl, or --mini for the shipped example")
+    if args.out is None:
+        free = (Path("outputs") / f"{k:04d}.png" for k in range(1, 10000))
+        args.out = Path("outputs") if args.batch else next(name for name in free if not name.exists())
+    contexts, skipped = read_contexts(args)
+    for context in contexts:
+        context["names"] = output_names(context, args)
+    device, dtype = pick_device()
+    config = pretrained(AutoConfig, args.vlm)
+    if not args.relay:
+        aligner = load_aligner(args.aligner, d_vlm=getattr(config, "text_config", config).hidden_size).to(device, dtype)
+
+    vlm = load_vlm(args.vlm, device, dtype)
+    for at in tqdm(range(0, len(contexts), args.batch_size), "think", disable=len(contexts) == 1):
+        chunk = contexts[at:at + args.batch_size]
+        inputs = encode_messages(vlm[1], [context_message(c["parts"], c["instruction"]) for c in chunk]).to(device)
+        torch.manual_seed(args.seed)
+        tokens, x, lengths = generate_with_features(vlm[0], inputs, args.max_new_tokens, ignore_eos=False, do_sample=args.temperature > 0,
+                                                    temperature=args.temperature, top_p=args.top_p)
+        for c, y, x_c, n in zip(chunk, tokens, x, lengths.tolist()):
+            c["words"] = vlm[1].tokenizer.decode(y[:n], skip_special_tokens=True).strip()
+            c["x"] = x_c[:n]  # (n, d_vlm)
+            print(f"{c['out']}: {c['words']}")
+    del vlm  # 16 GB at full size, before FLUX comes
+
+    pipe = load_flux(args.flux, device, dtype, t5_encoder=args.relay)
+    if not args.relay and aligner.d_t5 != pipe.transformer.config.joint_attention_dim:
+        raise UserError(f"aligner {args.aligner} makes prompts of width {aligner.d_t5}, but {args.flux} wants {pipe.transformer.config.joint_attention_dim}")
+    jobs = []  # (prompt (n, d_t5), seed, name, context)
+    for c in contexts:
+        with torch.no_grad():
+            prompt = relay_embeds(pipe, [c["words"]], args.t5_length)[0] if args.relay else aligner(c["x"][None])[0]
+        jobs += [(prompt, c["seed"] + k, name, c) for k, name in enumerate(c["names"])]
+    jobs.sort(key=lambda job: len(job[0]))  # equal lengths together
+    bar = tqdm(total=len(jobs), desc="draw", unit="picture", disable=len(jobs) == 1)
+    while jobs:
+        same = [job for job in jobs[:args.batch_size] if len(job[0]) == len(jobs[0][0])]
+        jobs = jobs[len(same):]
+        images = draw(pipe, torch.stack([job[0] for job in same]), [job[1] for job in same], args.size, args.steps, args.guidance)
+        for image, (_, seed, name, c) in zip(images, same):
+            note = PngInfo()
+            note.add_text("thinkdiff", json.dumps({"words": c["words"], "seed": seed, "relay": args.relay, "aligner": str(args.aligner)}))
+            options = {"pnginfo": note} if name.suffix.lower() == ".png" else {}
+            write_atomically(name, lambda f: image.save(f, {".png": "PNG", ".webp": "WEBP"}.get(name.suffix.lower(), "JPEG"), **options))
+            bar.update()
+    bar.close()
+    for line in skipped:
+        print(f"skipped {line}", file=sys.stderr)
+    if args.batch:
+        print(f"drew {sum(len(c['names']) for c in contexts)} pictures, skipped {len(skipped)} lines of {args.batch}")
+    else:
+        print("picture:", *contexts[0]["names"])
 
 
 def side_by_side(images):
     """PIL images of one size in a row."""
-    from PIL import Image
-    sheet = Image.new("RGB", (sum(i.width for i in images), images[0].height), "white")
+    sheet = Image.new("RGB", (sum(image.width for image in images), images[0].height))
     for i, image in enumerate(images):
         sheet.paste(image, (i * image.width, 0))
     return sheet
+
+
+# ---------------------------------------------------------------- command line
+class Interleave(argparse.Action):
+    """--text and --image, kept in the order they were typed."""
+
+    def __call__(self, parser, namespace, value, option_string=None):
+        namespace.typed = namespace.typed + [(self.dest, value)]
+
+
+def positive(text):
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return number
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    shown = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter}
+    example = [("text", "Word 1: white, "), ("image", f"{REPO}/mini/example/white_car.png"), ("text", "\n\nWord 2: blue, "),
+               ("image", f"{REPO}/mini/example/blue_car.png"), ("text", "\n\nWord 3: red, ")]
+
+    p = commands.add_parser("train", help="train the aligner on prepared features", **shown)
+    p.set_defaults(run=train)
+    p.add_argument("--data", required=True, help="folder written by `prepare_data.py lvlm`")
+    p.add_argument("--out", default="runs/lvlm", help="folder for checkpoints, log.csv, loss.png and the final aligner")
+    p.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out, bit for bit as if never stopped")
+    p.add_argument("--vlm", default=MODELS["vlm"], help="the VLM that made the data (its tokenizer; with tokens-only data the model itself)")
+    p.add_argument("--t5", default=MODELS["t5"], help="T5 encoder-decoder; only its decoder and final encoder norm are loaded")
+    p.add_argument("--steps", type=positive, default=25000, help="optimiser steps")
+    p.add_argument("--batch-size", type=positive, default=96, help="samples a step, over all processes")
+    p.add_argument("--micro-batch", type=positive, default=24, help="samples a process holds in memory at once")
+    p.add_argument("--lr", type=float, default=1e-4, help="peak learning rate")
+    p.add_argument("--lr-end", type=float, default=8e-5, help="learning rate at the end of the cosine")
+    p.add_argument("--lr-horizon", type=positive, default=200000, help="step at which the cosine ends (the released code's)")
+    p.add_argument("--warmup", type=int, default=2000, help="steps of linear warm-up from 1e-6")
+    p.add_argument("--masking", choices=("random", "none"), default="random", help="random prefix in, rest as target; none: all in, all as target (Table 3)")
+    p.add_argument("--features", choices=("generated", "input"), default="generated", help="input: features of the prompt's tokens (Table 3); needs data "
+                   "prepared with the same flag")
+    p.add_argument("--norm", choices=NORMS, default="t5", help="aligner's RMSNorm: started from T5's, default (1), or none (Fig. 7)")
+    p.add_argument("--held-out", type=positive, default=512, help="samples kept for the held-out loss (at most a tenth)")
+    p.add_argument("--log-every", type=positive, default=10, help="steps between rows of log.csv")
+    p.add_argument("--eval-every", type=positive, default=500, help="steps between held-out losses (a multiple of --log-every)")
+    p.add_argument("--save-every", type=positive, default=500, help="steps between checkpoints")
+    p.add_argument("--keep", type=positive, default=2, help="checkpoints kept")
+    p.add_argument("--sample-every", type=int, default=0, help="steps between pictures that FLUX draws from held-out features; 0: never")
+    p.add_argument("--sample-steps", type=positive, default=28, help="FLUX steps of those pictures")
+    p.add_argument("--flux", default=MODELS["flux"], help="only for --sample-every")
+    p.add_argument("--size", type=positive, default=512, help="only for --sample-every: px")
+    p.add_argument("--seed", type=int, default=0, help="of initialisation, order of samples and split points")
+    # a world of 70 words is learned in far fewer steps than English, at a higher rate
+    mini_flag(p, vlm=MINI["vlm"], t5=MINI["t5"], flux=MINI["flux"], data="data/mini-lvlm", out="runs/mini-lvlm", steps=1500, batch_size=64, micro_batch=64,
+              lr=2e-3, lr_end=2e-4, lr_horizon=1500, warmup=50, eval_every=100, save_every=100, size=64)
+
+    p = commands.add_parser("generate", help="draw the picture that a context asks for", **shown)
+    p.set_defaults(run=generate, typed=[], example=[])
+    p.add_argument("--text", dest="text", action=Interleave, default=argparse.SUPPRESS, help="a piece of the context, in the order typed (repeat)")
+    p.add_argument("--image", dest="image", action=Interleave, default=argparse.SUPPRESS, help="a picture of the context, in the order typed (repeat)")
+    p.add_argument("--instruction", default=INSTRUCTION, help="what the VLM is told before the context")
+    p.add_argument("--batch", metavar="FILE.jsonl", help='contexts, one a line: {"context": [{"text": ".."}, {"image": "a.png"}], "out": "b.png"}, optionally '
+                   '"instruction" and "seed"; paths of pictures are relative to the file')
+    p.add_argument("--out", type=Path, help="picture to write (with --batch: folder); default: the next free outputs/NNNN.png")
+    p.add_argument("--overwrite", action="store_true", help="allow to replace existing pictures")
+    p.add_argument("--relay", action="store_true", help="baseline without aligner: the VLM's words through FLUX's own T5 encoder")
+    p.add_argument("--vlm", default=MODELS["vlm"], help="Qwen2-VL path or hub name")
+    p.add_argument("--aligner", default="runs/lvlm/aligner", help="folder, hub name, or the authors' thinkdiff_lvlm.pth")
+    p.add_argument("--flux", default=MODELS["flux"], help="FLUX path or hub name")
+    p.add_argument("--max-new-tokens", type=positive, default=128, help="longest answer of the VLM")
+    p.add_argument("--temperature", type=float, default=0.0, help="of the VLM's sampling; 0: greedy")
+    p.add_argument("--top-p", type=float, default=0.9, help="nucleus of the VLM's sampling")
+    p.add_argument("--seed", type=int, default=0, help="of the first picture; the next ones count up")
+    p.add_argument("--steps", type=positive, default=28, help="FLUX steps")
+    p.add_argument("--guidance", type=float, default=3.5, help="FLUX's distilled guidance (the miniature FLUX has none and ignores it)")
+    p.add_argument("--size", type=positive, default=512, help="px")
+    p.add_argument("--num-images", type=positive, default=1, help="pictures a context, with seeds counting up")
+    p.add_argument("--batch-size", type=positive, default=1, help="contexts and pictures computed together")
+    p.add_argument("--t5-length", type=positive, default=512, help="only for --relay: T5 tokens the words are padded to")
+    mini_flag(p, vlm=MINI["vlm"], flux=MINI["flux"], aligner=MINI["aligner"], size=64, batch_size=32, t5_length=48, example=example)
+
+    args = parser.parse_args()
+    args.run(args)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,145 @@
+"""The miniature: the drawn world as data, and the stand-ins of the big models trained on it from nothing.
+
+    python miniature.py draw --out data/mini --count 20000       # picture-caption WebDataset tars: KEY.png, KEY.txt
+    python miniature.py cobsat --out data/cobsat                 # the 500 pictures in CoBSAT's folders, seen in no training
+    python miniature.py train                                    # rebuild mini/ : t5, vae, clip, vlm, flux (about three hours on two cores)
+    python miniature.py train clip vlm                           # only these
+    python miniature.py check --json results/check.json          # how good is each stand-in on held-out pictures?
+    python miniature.py sheet --out outputs/world.png            # all 500 kinds on one page
+
+The stand-ins are the real classes with tiny configurations (standins/*.py); every script loads them by path like the real
+models. `train` goes on after a kill from what it left in build/.
+"""
+import argparse
+import io
+import json
+import multiprocessing
+import os
+import random
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+from PIL import Image
+from tqdm import tqdm
+
+from common import REPO, UserError, run, write_atomically, write_json
+from world import DETAILS, NOUNS, PAIRS, SIZE, caption, draw
+
+TAR_SIZE = 1000  # samples a tar
+PARTS = ("t5", "vae", "clip", "vlm", "flux")  # in an order in which each finds what it needs
+FAST_MALLOC = {  # glibc otherwise returns a step's memory to the system and fetches it again at the next: FLUX trains 3 x slower
+    "MALLOC_MMAP_THRESHOLD_": str(2 ** 32), "MALLOC_TRIM_THRESHOLD_": str(2 ** 33), "MALLOC_TOP_PAD_": str(2 ** 28), "OMP_NUM_THREADS": "1"}
+
+
+# ---------------------------------------------------------------- data
+def _write_tar(job):
+    path, first, count, seed = job
+
+    def write(temporary):
+        with tarfile.open(temporary, "w") as tar:
+            for number in range(first, first + count):
+                rng = random.Random(f"draw {seed} {number}")
+                kind = rng.choice(PAIRS)
+                picture = io.BytesIO()
+                draw(rng, *kind).save(picture, "PNG")
+                for suffix, data in (("png", picture.getvalue()), ("txt", caption(rng, *kind, create=rng.random() < 0.5).encode())):
+                    member = tarfile.TarInfo(f"{number:07d}.{suffix}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+    write_atomically(path, write)
+
+
+def draw_data(args):
+    """`draw`: random kinds, pictures and captions, as tars of TAR_SIZE samples; tars that are there already are kept."""
+    out = Path(args.out)
+    settings = {"count": args.count, "seed": args.seed}
+    if (out / "drawn.json").exists() and (found := json.loads((out / "drawn.json").read_text())) != settings:
+        raise UserError(f"{out} holds data drawn with {found}, not {settings}: choose another --out")
+    write_json(out / "drawn.json", settings)
+    jobs = [(out / f"{k:05d}.tar", k * TAR_SIZE, min(TAR_SIZE, args.count - k * TAR_SIZE), args.seed) for k in range(-(-args.count // TAR_SIZE))]
+    jobs = [job for job in jobs if not job[0].exists()]
+    with multiprocessing.Pool() as pool:
+        for _ in tqdm(pool.imap_unordered(_write_tar, jobs), "drawing", len(jobs), unit="tar"):
+            pass
+    print(f"{args.count} pictures with captions: {out}")
+
+
+def draw_cobsat(args):
+    """`cobsat`: one picture of each kind at datasets/DETAIL_NOUN/VALUE_NOUN.jpg, CoBSAT's layout, from seeds of its own."""
+    for detail, value, noun in tqdm(PAIRS, "drawing"):
+        path = Path(args.out) / "datasets" / f"{detail}_{noun}" / f"{value}_{noun}.jpg"
+        image = draw(random.Random(f"cobsat {value} {noun}"), detail, value, noun)
+        write_atomically(path, lambda temporary: image.save(temporary, "JPEG", quality=95))
+    print(f"500 pictures: {Path(args.out) / 'datasets'}")
+
+
+def draw_sheet(args):
+    """`sheet`: a contact sheet of the 500 kinds, a row a value, a column a noun."""
+    sheet = Image.new("RGB", (len(DETAILS) * 10 * (SIZE + 2), 10 * (SIZE + 2)), "white")
+    for block, detail in enumerate(DETAILS):
+        for row, value in enumerate(DETAILS[detail]):
+            for column, noun in enumerate(NOUNS[detail]):
+                sheet.paste(draw(random.Random(f"sheet {value} {noun}"), detail, value, noun), ((block * 10 + column) * (SIZE + 2), row * (SIZE + 2)))
+    write_atomically(args.out, lambda temporary: sheet.save(temporary, "PNG"))
+    print(args.out)
+
+
+# ---------------------------------------------------------------- stand-ins
+def train(args):
+    """`train`: each part in a process of its own with FAST_MALLOC; FLUX on as many processes as there are cores."""
+    for part in args.parts or PARTS:
+        command = [sys.executable, "-m", f"standins.{'flux' if part == 'vae' else part}"] + (["vae"] if part == "vae" else ["flux"] if part == "flux" else [])
+        if part == "flux" and (os.cpu_count() or 1) > 1:
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] + command[1:]
+        print(f"[{part}]", " ".join(command[1:]), flush=True)
+        if code := subprocess.run(command, cwd=REPO, env={**os.environ, **FAST_MALLOC}).returncode:
+            raise UserError(f"training of {part} ended with code {code}: see above; the same command goes on from the last saved state")
+    if "flux" in (args.parts or PARTS):
+        from standins import flux
+        flux.assemble(REPO / "build", REPO / "mini")
+
+
+def check(args):
+    """`check`: accuracy of each stand-in on pictures and texts that no training has seen."""
+    from standins import clip, flux, t5, vlm
+    results = {}
+    for name, measure in (("t5", t5.check), ("clip", clip.check), ("vlm", vlm.check), ("flux", flux.check)):
+        if name in args.parts or not args.parts:
+            results[name] = measure(REPO / "mini", args.count)
+            print(name, json.dumps(results[name], indent=1), flush=True)
+    if args.json:
+        write_json(args.json, {"count": args.count, **results})
+
+
+# ---------------------------------------------------------------- command line
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    shown = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter}
+    p = commands.add_parser("draw", help="picture-caption tars", **shown)
+    p.add_argument("--out", default="data/mini", help="folder for the tars")
+    p.add_argument("--count", type=int, default=20000, help="pictures")
+    p.add_argument("--seed", type=int, default=0)
+    p.set_defaults(run=draw_data)
+    p = commands.add_parser("cobsat", help="the 500 pictures in CoBSAT's layout", **shown)
+    p.add_argument("--out", default="data/cobsat", help="folder")
+    p.set_defaults(run=draw_cobsat)
+    p = commands.add_parser("sheet", help="contact sheet of the world", **shown)
+    p.add_argument("--out", default="outputs/world.png", help="PNG")
+    p.set_defaults(run=draw_sheet)
+    p = commands.add_parser("train", help="rebuild the stand-ins in mini/", **shown)
+    p.add_argument("parts", nargs="*", choices=PARTS, metavar="PART", help=f"any of {', '.join(PARTS)} (none: all)")
+    p.set_defaults(run=train)
+    p = commands.add_parser("check", help="accuracy of the stand-ins on held-out pictures", **shown)
+    p.add_argument("parts", nargs="*", choices=("t5", "clip", "vlm", "flux"), metavar="PART", help="t5, clip, vlm, flux (none: all)")
+    p.add_argument("--count", type=int, default=500, help="questions or pictures of each sort")
+    p.add_argument("--json", help="also write the figures to this file")
+    p.set_defaults(run=check)
+    args = parser.parse_args()
+    args.run(args)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,335 @@
+"""The miniature FLUX: autoencoder, transformer, assembly into a `FluxPipeline`, evaluation (to be merged into miniature.py).
+
+    python part_flux.py vae                                             # autoencoder and cached latents, into build/
+    torchrun --nproc_per_node 2 part_flux.py flux --minutes 70          # transformer (one process works too), into build/
+    python part_flux.py assemble                                        # mini/flux from what is in build/, at any time
+    python part_flux.py evaluate --count 200                            # right pictures from true text, judged by mini/clip
+
+Needs mini/t5 and mini/clip. Every run continues from its state in build/ after a kill; more --minutes or --steps prolong it.
+OMP_NUM_THREADS=1 for each process, and MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592
+MALLOC_TOP_PAD_=268435456 before Python starts: glibc would otherwise return and fetch the same memory at every step.
+"""
+import argparse
+import json
+import os
+import random
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
+
+from part_pictures import PER_KIND, held_out, pictures, save_state
+from part_vae import LATENT, contact_sheet, to_tensor
+from world import CREATE, DETAILS, NOUNS, PAIRS, caption, label, noun_phrase, sentence
+
+ROOT = Path(__file__).parent
+SAVE_SECONDS = 120
+
+
+def progress_lr(progress, step, warmup, decay):
+    """Share of the full learning rate: linear warm-up by step, constant, linear to 0 over the last `decay` of the run."""
+    return min(1, (step + 1) / warmup) * min(1, max(0, 1 - progress) / decay)
+
+
+@torch.no_grad()
+def update_ema(ema, model, step, most):
+    keep = min(most, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(ema.values()), list(model.state_dict().values()), 1 - keep)
+
+
+def export(model_class, config, weights, folder):
+    """Writes a diffusers model with these weights, in fp16, file by file: a reader finds each file whole."""
+    model = model_class.from_config({key: value for key, value in config.items() if not key.startswith("_")})
+    model.load_state_dict(weights)
+    fresh = folder.with_name(f".{folder.name}.{os.getpid()}")
+    model.half().save_pretrained(fresh)
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in fresh.iterdir():
+        os.replace(file, folder / file.name)
+    fresh.rmdir()
+
+
+# ---------------------------------------------------------------- transformer: what it is trained on
+NOISE_SHARE, NOISE_MAX = 0.6, 1.0  # of the samples: Gaussian noise on the T5 output, sigma ~ U(0, NOISE_MAX) x its RMS; the aligner's features
+# are not exact either, and the transformer must read them all the same
+D_POOLED = 64  # width of the mini CLIP's text tower. Training feeds Gaussian noise for its pooled embedding (LayerNorm output, about unit
+# scale), so nothing is to be learned from it: all content comes from the T5 tokens, whatever pooled embedding is passed later
+
+
+SIDE = 8  # packed latents: 8 x 8 tokens
+
+
+def pack(z):
+    """Latents (B, 8, 16, 16) -> tokens (B, 64, 32), FLUX's 2 x 2 patches."""
+    return FluxPipeline._pack_latents(z, *z.shape)
+
+
+@torch.no_grad()
+def cached_latents(build):
+    """Normalised, packed latents of all training pictures (500, PER_KIND, 64, 32) and of one held-out picture a kind (500, 64, 32), fp16."""
+    path, source = build / "latents.safetensors", build / "vae/diffusion_pytorch_model.safetensors"
+    if not path.exists() or path.stat().st_mtime < source.stat().st_mtime:
+        vae = AutoencoderTiny.from_pretrained(build / "vae").eval()
+
+        def encode(pics):
+            z = vae.encoder(to_tensor(pics).contiguous(memory_format=torch.channels_last))
+            return pack((z - vae.config.shift_factor) * vae.config.scaling_factor).half()
+        train = torch.stack([encode(pics) for pics in tqdm(pictures(build), "encoding", mininterval=2)])
+        held = torch.cat([encode(np.stack([held_out(kind, 0) for kind in part])) for part in torch.arange(len(PAIRS)).split(50)])
+        save_file(dict(train=train, held_out=held), f"{path}.{os.getpid()}")
+        os.replace(f"{path}.{os.getpid()}", path)
+    tensors = load_file(path)
+    return tensors["train"], tensors["held_out"].float()
+
+
+def prompts(rng, kinds, tokenizer):
+    """Texts of the kinds as token ids (B, T): as FluxPipeline pads them (it passes no mask), or cut as aligned features end.
+
+    One sentence or less (60 % of the batches), up to two (20 %), or four cut anywhere after 16 tokens, without </s> and padding (20 %).
+    """
+    style, pairs = rng.random(), [PAIRS[kind] for kind in kinds]
+    if style < 0.2:
+        rows = tokenizer([caption(rng, *pair, create=rng.random() < 0.7, sentences=4) for pair in pairs], add_special_tokens=False).input_ids
+        length = min(rng.choice([16, 24, 32]), min(map(len, rows)))
+        return torch.tensor([row[:length] for row in rows])
+    texts = []
+    for pair in pairs:
+        u = rng.random()
+        if u < 0.7:
+            texts.append(caption(rng, *pair, create=rng.random() < 0.5, sentences=1 if style < 0.8 else rng.choice([1, 2])))
+        else:
+            texts.append(label(*pair) if u < 0.8 else noun_phrase(rng, *pair) if u < 0.9 else sentence(rng, *pair))
+    rows = tokenizer(texts).input_ids
+    length = max(max(map(len, rows)), rng.choice([0, 0, 0, 32] if style < 0.8 else [0, 32, 32, 48]))
+    return torch.tensor([row + [tokenizer.pad_token_id] * (length - len(row)) for row in rows])
+
+
+@torch.no_grad()
+def conditions(rng, generator, kinds, tokenizer, encoder, noise=NOISE_SHARE):
+    """T5 encoder outputs (B, T, d_t5) for pictures of these kinds, and noise (B, d_clip) in the place of the pooled CLIP embedding."""
+    text = encoder(prompts(rng, kinds, tokenizer)).last_hidden_state
+    sigma = torch.rand(len(kinds), 1, 1, generator=generator) * NOISE_MAX * (torch.rand(len(kinds), 1, 1, generator=generator) < noise)
+    text = text + sigma * text.square().mean().sqrt() * torch.randn(text.shape, generator=generator)
+    return text, torch.randn(len(kinds), D_POOLED, generator=generator)
+
+
+def load_t5(mini):
+    """T5 tokenizer and encoder, fp32."""
+    if not (mini / "t5" / "config.json").exists():
+        raise SystemExit(f"{mini / 't5'} is missing: FLUX reads text through it; train it first")
+    return T5Tokenizer.from_pretrained(mini / "t5"), T5EncoderModel.from_pretrained(mini / "t5", dtype=torch.float32).eval()
+
+
+def position_ids():
+    """(64, 3) ids of the 8 x 8 picture tokens, as FluxPipeline makes them."""
+    return FluxPipeline._prepare_latent_image_ids(1, SIDE, SIDE, torch.device("cpu"), torch.float32)
+
+
+def flow_loss(transformer, x0, noise, t, text, pooled):
+    """Flow matching: x_t = (1 - t) x0 + t noise, target noise - x0. x0, noise (B, 64, 32), t (B,), text (B, T, d_t5), pooled (B, d_clip)."""
+    x_t = torch.lerp(x0, noise, t[:, None, None])
+    velocity = transformer(hidden_states=x_t, encoder_hidden_states=text, pooled_projections=pooled, timestep=t, img_ids=position_ids(),
+                           txt_ids=torch.zeros(text.shape[1], 3)).sample
+    return (velocity - (noise - x0)).square().mean()
+
+
+@torch.no_grad()
+def held_out_loss(transformer, held, tokenizer, encoder):
+    """Flow loss on one held-out picture a kind, with fixed texts (no noise on them), t and noise."""
+    rng, generator, losses = random.Random(1), torch.Generator().manual_seed(1), []
+    for kinds in torch.randperm(len(PAIRS), generator=generator).split(50):
+        text, clip = conditions(rng, generator, kinds.tolist(), tokenizer, encoder, noise=0)
+        t = torch.sigmoid(torch.randn(len(kinds), generator=generator))
+        losses.append(flow_loss(transformer, held[kinds], torch.randn(held[kinds].shape, generator=generator), t, text, clip).item())
+    return sum(losses) / len(losses)
+
+
+# ---------------------------------------------------------------- transformer: training
+HEADS, DOUBLE, SINGLE = 4, 2, 4  # 32 numbers a head
+FLUX_BATCH, FLUX_LR, FLUX_WARMUP, FLUX_DECAY, FLUX_EMA, FLUX_MINUTES = 64, 1.5e-3, 100, 0.25, 0.998, 70
+
+
+def new_flux(d_text, d_pooled, heads=HEADS, double=DOUBLE, single=SINGLE):
+    return FluxTransformer2DModel(
+        in_channels=4 * LATENT, num_layers=double, num_single_layers=single, attention_head_dim=32, num_attention_heads=heads,
+        joint_attention_dim=d_text, pooled_projection_dim=d_pooled, guidance_embeds=False, axes_dims_rope=(8, 12, 12))
+
+
+def train_flux(build, mini, minutes=FLUX_MINUTES, steps=None, seed=0, batch=FLUX_BATCH, lr=FLUX_LR, optimizer="adamw", name="flux",
+               heads=HEADS, double=DOUBLE, single=SINGLE):
+    """Trains the transformer for `minutes` of wall time or `steps` in all; exports the averaged weights to build/NAME at every save.
+
+    Under torchrun each process takes its share of the batch and the gradients are averaged (gloo). State: build/NAME.pt.
+    """
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world_size > 1:
+        torch.distributed.init_process_group("gloo")
+    if rank == 0:
+        cached_latents(build)
+    if world_size > 1:
+        torch.distributed.barrier()
+    latents, held = cached_latents(build)
+    tokenizer, encoder = load_t5(mini)
+    torch.manual_seed(seed)
+    transformer = new_flux(encoder.config.d_model, D_POOLED, heads, double, single)
+    ema = {key: value.clone() for key, value in transformer.state_dict().items()}
+    optimizers = [torch.optim.AdamW(transformer.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.0, foreach=True)]
+    params, step, spent, state_path = list(transformer.parameters()), 0, 0.0, build / f"{name}.pt"
+    if state_path.exists():
+        state = torch.load(state_path, weights_only=True)
+        transformer.load_state_dict(state["model"])
+        for one, saved_one in zip(optimizers, state["optimizers"], strict=True):
+            one.load_state_dict(saved_one)
+        ema, step, spent = state["ema"], state["step"], state["seconds"]
+    average = new_flux(encoder.config.d_model, D_POOLED, heads, double, single).eval()  # holds the averaged weights for the held-out loss
+
+    def save():
+        average.load_state_dict(ema)
+        export(FluxTransformer2DModel, transformer.config, ema, build / name)
+        save_state(state_path, dict(model=transformer.state_dict(), optimizers=[one.state_dict() for one in optimizers], ema=ema, step=step, seconds=spent))
+        loss = held_out_loss(average, held, tokenizer, encoder)
+        with open(build / f"{name}.jsonl", "a") as log:
+            log.write(json.dumps(dict(step=step, minutes=round(spent / 60, 2), loss=round(shown_loss, 4), held_out=round(loss, 4))) + "\n")
+        return loss
+
+    began = saved = time.time()
+    began -= spent
+    total = steps or round(minutes * 60)
+    bar = tqdm(total=total, initial=step if steps else round(spent), desc=name, unit="step" if steps else "s", mininterval=5, disable=rank > 0)
+    shown_loss, held_loss, share = None, float("nan"), batch // world_size
+    progress = step / steps if steps else spent / total
+    while progress < 1:
+        rng, generator = random.Random(f"{seed}-{step}-{rank}"), torch.Generator().manual_seed(seed * 10 ** 9 + step * 100 + rank)
+        kinds = [rng.randrange(len(PAIRS)) for _ in range(share)]
+        x0 = latents[kinds, [rng.randrange(PER_KIND) for _ in range(share)]].float()  # (B, 64, 32)
+        text, clip_pooled = conditions(rng, generator, kinds, tokenizer, encoder)
+        t = torch.sigmoid(torch.randn(share, generator=generator))
+        loss = flow_loss(transformer, x0, torch.randn(x0.shape, generator=generator), t, text, clip_pooled)
+        loss.backward()
+        now = (step + 1) / steps if steps else (time.time() - began) / total
+        if world_size > 1:  # one buffer: the gradients, and the time, on which all processes must agree
+            flat = torch.cat([p.grad.flatten() for p in params] + [torch.tensor([now])])
+            torch.distributed.all_reduce(flat)
+            *grads, now = (flat / world_size).split([p.numel() for p in params] + [1])
+            now = now.item()
+            for p, grad in zip(params, grads):
+                p.grad.copy_(grad.view_as(p))
+        torch.nn.utils.clip_grad_norm_(params, 1.0, foreach=True)
+        for one in optimizers:
+            for group in one.param_groups:
+                group["lr"] = lr * progress_lr(progress, step, FLUX_WARMUP, FLUX_DECAY)
+            one.step(), one.zero_grad()
+        step, progress = step + 1, now
+        update_ema(ema, transformer, step, FLUX_EMA)
+        before, spent = spent, time.time() - began
+        if rank == 0:
+            shown_loss = loss.item() if shown_loss is None else 0.98 * shown_loss + 0.02 * loss.item()
+            bar.update(1 if steps else int(spent) - int(before))
+            bar.set_postfix(step=step, loss=f"{shown_loss:.4f}", held_out=f"{held_loss:.4f}", refresh=False)
+            if time.time() - saved > SAVE_SECONDS or progress >= 1:
+                saved, held_loss = time.time(), save()
+    bar.close()
+    if world_size > 1:
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+# ---------------------------------------------------------------- pipeline
+def load_parts(build, mini):
+    """A `FluxPipeline` of the parts as they are now in build/ and mini/, in fp32."""
+    tokenizer, encoder = load_t5(mini)
+    clip_tokenizer, clip = CLIPTokenizer.from_pretrained(mini / "clip"), CLIPTextModel.from_pretrained(mini / "clip", dtype=torch.float32).eval()
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),  # no shift: t is drawn logit-normal, and 16 tokens are a small picture
+        vae=AutoencoderTiny.from_pretrained(build / "vae"), transformer=FluxTransformer2DModel.from_pretrained(build / "flux"),
+        text_encoder=clip, tokenizer=clip_tokenizer, text_encoder_2=encoder, tokenizer_2=tokenizer)
+
+
+def assemble(build, mini):
+    """Writes mini/flux, weights in fp16."""
+    pipe, fresh, out = load_parts(build, mini), mini / f".flux.{os.getpid()}", mini / "flux"
+    pipe.to(torch.float16).save_pretrained(fresh)
+    for part in ("text_encoder", "text_encoder_2"):  # transformers loads in the dtype its config names; diffusers in fp32 by default
+        config = json.loads((fresh / part / "config.json").read_text())
+        (fresh / part / "config.json").write_text(json.dumps(config | {"dtype": "float32"}, indent=2))
+    for file in sorted(f for f in fresh.rglob("*") if f.is_file()):
+        target = out / file.relative_to(fresh)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(file, target)
+    for folder in sorted(fresh.rglob("*"), reverse=True):
+        folder.rmdir()
+    fresh.rmdir()
+    print(f"{out}: {sum(f.stat().st_size for f in out.rglob('*') if f.is_file()) / 1e6:.1f} MB")
+
+
+# ---------------------------------------------------------------- evaluation
+@torch.no_grad()
+def evaluate_flux(pipe, judge, count=200, steps=28, seed=0, length=48, sheet=None):
+    """Draws `count` random kinds from true captions; -> {detail: [noun right, value right, both right, n]}, with "all".
+
+    judge(PIL images, details) -> [(value, noun)]; the content comes through T5 alone (CLIP sees the empty prompt).
+    """
+    rng, counts, drawn = random.Random(seed), {}, []
+    kinds = rng.sample(range(len(PAIRS)), min(count, len(PAIRS))) + [rng.randrange(len(PAIRS)) for _ in range(count - len(PAIRS))]
+    pipe.set_progress_bar_config(disable=True)
+    for part in tqdm(range(0, count, 50), "flux pictures", unit="x50"):
+        pairs = [PAIRS[kind] for kind in kinds[part:part + 50]]
+        texts = [caption(rng, *pair, create=True) for pair in pairs]
+        images = pipe(prompt=[""] * len(pairs), prompt_2=texts, height=64, width=64, num_inference_steps=steps, max_sequence_length=length,
+                      generator=torch.Generator().manual_seed(seed + part)).images
+        for pair, image, (value, noun) in zip(pairs, images, judge(images, [pair[0] for pair in pairs])):
+            right = np.array([noun == pair[2], value == pair[1], (value, noun) == pair[1:], 1])
+            for key in (pair[0], "all"):
+                counts[key] = counts.get(key, 0) + right
+            drawn.append((pair, image))
+    if sheet:
+        drawn.sort(key=lambda item: PAIRS.index(item[0]))
+        contact_sheet(to_tensor(np.stack([np.asarray(image) for _, image in drawn[:240]])), sheet, 20)
+    return counts
+
+
+def evaluate(build, mini, count, steps, seed):
+    from part_clip import judge
+    from transformers import CLIPModel, CLIPProcessor
+    clip, processor = CLIPModel.from_pretrained(mini / "clip", dtype=torch.float32).eval(), CLIPProcessor.from_pretrained(mini / "clip")
+    with torch.inference_mode():
+        counts = evaluate_flux(load_parts(build, mini), lambda images, details: judge(clip, processor, images, details), count, steps, seed,
+                               sheet=build / "flux.png")
+    for detail in [*DETAILS, "all"]:
+        if detail in counts:
+            noun, value, both, n = counts[detail]
+            print(f"{detail:12} noun {noun / n:.3f}  value {value / n:.3f}  both {both / n:.3f}  n {n}")
+
+
+# ---------------------------------------------------------------- command line
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=["vae", "flux", "assemble", "evaluate"])
+    parser.add_argument("--build", type=Path, default=ROOT / "build")
+    parser.add_argument("--mini", type=Path, default=ROOT / "mini")
+    parser.add_argument("--minutes", type=float, help="wall time of the training in all, over resumes")
+    parser.add_argument("--steps", type=int, help="flux: steps in all instead of minutes; evaluate: denoising steps (28)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--batch", type=int, default=FLUX_BATCH, help="flux: over all processes")
+    parser.add_argument("--lr", type=float, default=FLUX_LR)
+    parser.add_argument("--optimizer", choices=["adamw", "muon"], default="adamw")
+    parser.add_argument("--name", default="flux", help="flux: name of the state, for comparisons")
+    parser.add_argument("--shape", type=int, nargs=3, default=[HEADS, DOUBLE, SINGLE])
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    args.build.mkdir(parents=True, exist_ok=True)
+    if args.part == "vae":
+        train_vae(args.build, args.seed)
+    elif args.part == "flux":
+        train_flux(args.build, args.mini, args.minutes or FLUX_MINUTES, args.steps, args.seed, args.batch, args.lr, args.optimizer, args.name, *args.shape)
+    elif args.part == "assemble":
+        assemble(args.build, args.mini)
+    else:
+        evaluate(args.build, args.mini, args.count, args.steps or 28, args.seed)

@@ -1,0 +1,418 @@
+"""Turns pictures into training data for the aligner. `lvlm`: the VLM describes each picture; its tokens and their features are kept.
+
+Miniature, one process:
+    python prepare_data.py lvlm --mini --images data/mini --out data/mini-lvlm
+Full size, 4 GPUs, a random 1.7 M of the pictures in WebDataset tars and a folder (780 GB of features, or 218 MB with --tokens-only):
+    torchrun --nproc_per_node 4 prepare_data.py lvlm --images '/data/cc3m/{00000..00331}.tar' /data/sbu --count 1700000 --out data/lvlm
+
+Started again after a kill, with any number of processes, it goes on where it stopped. What it leaves in --out:
+    meta.json                       the settings; a run with others is refused
+    plan.jsonl                      the chosen pictures, one [path, tar member, offset, size] a line
+    shard-RANK-NUMBER.safetensors   tokens (n, N) int32; unless --tokens-only features (n, N, d_vlm) bf16
+                                    (--features input: features (n, L, d_vlm) right-padded, lengths (n,))
+    shard-RANK-NUMBER.json          {"samples": [{index, prompt, sample}], "skipped": [{index, key, reason}]}; only with it a shard counts
+    skipped.csv                     everything left out, and why
+"""
+import argparse
+import csv
+import hashlib
+import io
+import json
+import os
+import random
+import re
+import shutil
+import sys
+import tarfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import safetensors.torch
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+from transformers import AutoConfig, AutoProcessor, LogitsProcessorList, Qwen2VLForConditionalGeneration
+
+from common import (MINI, MODELS, UserError, mini_flag, open_image, pick_device, pretrained, run, torchrun_ranks, write_atomically,
+                    write_json)
+
+PROMPTS = [  # appendix B of the paper
+    "Describe the image concisely.",
+    "Provide a brief description of the given image.",
+    "Offer a succinct explanation of the picture presented.",
+    "Summarize the visual content of the image.",
+    "Give a short and clear explanation of the subsequent image.",
+    "Share a concise interpretation of the image provided.",
+    "Present a compact description of the photo's key features.",
+    "Relay a brief, clear account of the picture shown.",
+    "Render a clear and concise summary of the photo.",
+    "Write a terse but informative summary of the picture.",
+    "Create a compact narrative representing the image presented.",
+    "Generate a prompt that can recreate the image in a 2D diffusion model.",
+    "Provide a descriptive prompt to reproduce the given image using a diffusion model.",
+    "Create a prompt suitable for a 2D diffusion model to generate the same image.",
+    "Summarize the visual details as a prompt for a 2D diffusion model.",
+    "Write a clear prompt to guide a 2D diffusion model in recreating the image.",
+]
+
+
+# ---------------------------------------------------------------- the VLM: tokens, and the states from which they were sampled
+def load_vlm(path, device, dtype):
+    """(Qwen2VLForConditionalGeneration, its processor) from a folder or hub name; frozen, padding on the left as generation needs it."""
+    model = pretrained(Qwen2VLForConditionalGeneration, path, dtype=dtype).to(device).eval().requires_grad_(False)
+    processor = pretrained(AutoProcessor, path)
+    processor.tokenizer.padding_side = "left"
+    return model, processor
+
+
+def encode_messages(processor, conversations):
+    """What the model is called with, for a batch of B conversations of any length, left-padded to P tokens.
+
+    A conversation is a list of {"role", "content"}; content is text or a list of {"type": "text", "text"} and {"type": "image", "image": PIL}."""
+    texts = [processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) for messages in conversations]
+    images = [part["image"] for messages in conversations for message in messages if not isinstance(message["content"], str)
+              for part in message["content"] if part["type"] == "image"]
+    return processor(text=texts, images=images or None, padding=True, return_tensors="pt")
+
+
+@torch.no_grad()
+def generate_with_features(model, inputs, max_new_tokens, *, ignore_eos=True, do_sample=True, temperature=0.6, top_p=0.9, seeds=None):
+    """Generates an answer to each conversation in `inputs` (encode_messages, on the model's device) and keeps the features of its tokens.
+
+    Returns tokens (B, N) int64, features (B, N, d_vlm) and lengths (B,), the number of tokens before EOS (N with ignore_eos, where EOS is a
+    token like any other). N is max_new_tokens, or less if all rows reached EOS. features[:, i] is x_i, the final-norm state from which y_i
+    was sampled (protocol, section 4): it stands one position before y_i, and lm_head(x_i) are y_i's logits.
+    seeds: one int a conversation; the same seed draws the same answer whatever else is in the batch (up to rounding)."""
+    batch, prompt_length = inputs["input_ids"].shape
+    if do_sample:  # one number a token decides, so that a row needs no more than its own seed
+        seeds = seeds or torch.randint(2**62, (batch,)).tolist()
+        uniform = torch.stack([torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+        uniform = uniform.to(model.device)  # (B, N)
+
+    def nucleus(input_ids, logits):  # (B, V): -inf everywhere but at the sampled token
+        probs, order = (logits.float() / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
+        below = probs.cumsum(-1) - probs  # mass of the likelier tokens
+        kept = torch.where(below < top_p, probs, 0).sum(-1, keepdim=True)
+        rank = (below <= uniform[:, input_ids.shape[1] - prompt_length, None] * kept).sum(-1, keepdim=True) - 1
+        return torch.full_like(logits, -torch.inf).scatter(-1, order.gather(-1, rank), 0)
+
+    states = []
+    # the prompt's pass ends at the state that yields y_1, each later pass is the state that yields the next token
+    hook = model.model.language_model.norm.register_forward_hook(lambda module, args, state: states.append(state[:, -1].clone()))
+    end = None if ignore_eos else model.generation_config.eos_token_id
+    try:
+        sequences = model.generate(
+            **inputs, max_new_tokens=max_new_tokens, logits_processor=LogitsProcessorList([nucleus] if do_sample else []),
+            do_sample=False, temperature=None, top_p=None, top_k=None, repetition_penalty=1.0,  # nothing from the model's generation_config
+            suppress_tokens=[model.config.image_token_id, model.config.video_token_id],  # placeholders for pictures, not words
+            eos_token_id=end)
+    finally:
+        hook.remove()
+    tokens = sequences[:, prompt_length:]
+    ended = torch.isin(tokens, torch.tensor([] if end is None else end, dtype=tokens.dtype, device=tokens.device))
+    lengths = (ended.cumsum(-1) == 0).sum(-1)
+    return tokens, torch.stack(states, dim=1), lengths
+
+
+@torch.no_grad()
+def teacher_forced_features(model, inputs, tokens):
+    """generate_with_features' features (B, N, d_vlm) of known `tokens` (B, N) after the prompts in `inputs`, in one pass."""
+    added = tokens[:, :-1]  # y_N predicts nothing
+    inputs = dict(inputs, input_ids=torch.cat([inputs["input_ids"], added], dim=1),
+                  attention_mask=torch.cat([inputs["attention_mask"], torch.ones_like(added)], dim=1),
+                  mm_token_type_ids=torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(added)], dim=1))
+    return model.model(**inputs, use_cache=False).last_hidden_state[:, -tokens.shape[1]:]  # positions P-1 .. P+N-2
+
+
+@torch.no_grad()
+def prompt_features(model, inputs):
+    """The final-norm states of the prompts themselves, text and picture tokens: a list of B tensors (P_i, d_vlm). Table 3's ablation."""
+    states = model.model(**inputs, use_cache=False).last_hidden_state
+    return [state[mask.bool()] for state, mask in zip(states, inputs["attention_mask"])]
+
+
+def caption_messages(image, prompt):
+    """The conversation in which the VLM is asked for one picture's description; prompt: an index into PROMPTS."""
+    return [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": PROMPTS[prompt]}]}]
+
+
+# ---------------------------------------------------------------- pictures: in folders and in tars
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+class Sample(NamedTuple):
+    """Where a picture is: a file, or `size` bytes at `offset` of a tar. The absolute path and the member tell any two apart."""
+    path: str
+    member: str = ""
+    offset: int = 0
+    size: int = 0
+
+    @property
+    def key(self):
+        return f"{self.path}::{self.member}" if self.member else self.path
+
+    def draw(self, seed, purpose):
+        """A random number that depends on the seed, the purpose and the file's name, but not on the process, the order or the folder."""
+        text = f"{seed} {purpose} {os.path.basename(self.path)} {self.member}"
+        return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=7).digest(), "big")
+
+
+def load_picture(sample, max_side):
+    """The sample's picture, RGB and at most max_side pixels long. Raises UserError if it cannot be had."""
+    if not sample.member:
+        image = open_image(sample.path, max_side=max_side)
+    else:
+        try:
+            with open(sample.path, "rb") as tar:
+                tar.seek(sample.offset)
+                image = open_image(tar.read(sample.size), sample.key, max_side)
+        except OSError as error:
+            raise UserError(f"cannot read {sample.key}: {error.strerror}") from error
+    if max(image.size) > 200 * min(image.size):
+        raise UserError(f"cannot use {sample.key}: Qwen2-VL takes no picture that is 200 times as long as wide")
+    return image
+
+
+def expand_braces(pattern):
+    """'a{08..10}{x,y}' -> a08x a08y a09x a09y a10x a10y, as the shell does; a path that exists is left alone."""
+    braces = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", pattern)
+    if os.path.exists(pattern) or not braces:
+        return [pattern]
+    first, last, words = braces.groups()
+    words = words.split(",") if words is not None else [str(i).zfill(len(first)) for i in range(int(first), int(last) + 1)]
+    return [path for word in words for path in expand_braces(pattern[:braces.start()] + word + pattern[braces.end():])]
+
+
+def index_tar(path):
+    """(samples, what is wrong with the tar or None); reads the headers only, and of a truncated tar what is whole."""
+    samples, size = [], os.path.getsize(path)
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                if member.isfile() and member.name.lower().endswith(SUFFIXES) and member.offset_data + member.size <= size:
+                    samples.append(Sample(path, member.name, member.offset_data, member.size))
+        with open(path, "rb") as file:  # tarfile takes a cut between two members for the end
+            file.seek(max(0, size - 1024))
+            fault = "the end is missing" if file.read().strip(b"\0") else None
+    except (tarfile.TarError, EOFError) as error:
+        fault = str(error)
+    return samples, fault and f"broken tar ({fault}), {len(samples)} pictures of it can be read"
+
+
+def find_samples(sources):
+    """({key: Sample}, [(path, fault)]) of files, folders (searched to the bottom), tars and brace patterns of them."""
+    paths = [os.path.abspath(path) for source in sources for path in expand_braces(source)]
+    missing = [path for path in paths if not os.path.exists(path)]
+    if missing:
+        raise UserError(f"{missing[0]} does not exist{f' (nor do {len(missing) - 1} more)' if missing[1:] else ''}: check --images")
+    files = []
+    for path in paths:
+        inside = sorted(os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names)
+        files += inside if os.path.isdir(path) else [path]
+    samples, faults = {}, []
+    for path in tqdm(files, desc="indexing", unit=" files", leave=False, disable=None):
+        found, fault = [Sample(path)] if path.lower().endswith(SUFFIXES) else [], None
+        if path.lower().endswith(".tar"):
+            found, fault = index_tar(path)
+        samples.update((sample.key, sample) for sample in found)
+        faults += [(path, fault)] if fault else []
+    if not samples:
+        raise UserError(f"no pictures in {' '.join(sources)}: expected {' '.join(SUFFIXES)} files, or .tar files of them"
+                        + "".join(f"; {path}: {fault}" for path, fault in faults[:1]))
+    return samples, faults
+
+
+# ---------------------------------------------------------------- shards
+def read_shards(out):
+    """[(stem, {"samples", "skipped"})] of the finished shards in folder `out`; stem + ".safetensors" holds the tensors."""
+    return [(path.with_suffix(""), json.loads(path.read_text())) for path in sorted(Path(out).glob("shard-*.json"))]
+
+
+def write_shard(out, rank, records, tensors, skipped):
+    """Writes one shard under this rank's next free number; its JSON last, because only with it a shard counts."""
+    stem = out / f"shard-{rank:02}-{sum(1 for _ in out.glob(f'shard-{rank:02}-*.json')):05}"
+    if records:
+        write_atomically(f"{stem}.safetensors", safetensors.torch.save(tensors))
+    write_atomically(f"{stem}.json", json.dumps({"samples": records, "skipped": skipped}))
+
+
+def make_plan(args, out):
+    """The chosen pictures, [Sample]; rank 0 chooses them on the first start. Raises UserError if `out` was begun with other settings."""
+    settings = {
+        "vlm": args.vlm, "d_vlm": pretrained(AutoConfig, args.vlm).get_text_config().hidden_size,
+        "images": [os.path.abspath(path) for path in args.images], "count": args.count, "seed": args.seed, "prompts": PROMPTS,
+        "tokens": args.tokens, "temperature": args.temperature, "top_p": args.top_p, "features": args.features,
+        "tokens_only": args.tokens_only, "max_side": args.max_side}
+    meta, plan = out / "meta.json", out / "plan.jsonl"
+    if torchrun_ranks()[0] == 0 and not meta.exists():
+        samples, faults = find_samples(args.images)
+        for path, fault in faults:
+            print(f"{path}: {fault}", file=sys.stderr)
+        samples = list(samples.values())
+        if args.count and args.count > len(samples):
+            raise UserError(f"--count {args.count}, but there are only {len(samples)} pictures: lower it or add --images")
+        chosen = random.Random(args.seed).sample(range(len(samples)), args.count or len(samples))
+        write_atomically(plan, "".join(json.dumps(samples[i]) + "\n" for i in sorted(chosen)))  # tars are read front to back
+        write_json(meta, {**settings, "faults": faults})
+    while not meta.exists():  # the other ranks wait for rank 0; torchrun ends them if it fails
+        time.sleep(0.5)
+    found = json.loads(meta.read_text())
+    changed = [f"{name} {json.dumps(found.get(name))}, now {json.dumps(value)}" for name, value in settings.items()
+               if found.get(name) != value]
+    if changed:
+        raise UserError(f"{out} was begun with {'; '.join(changed)}: give the same settings to go on, or another --out")
+    return [Sample(*json.loads(line)) for line in plan.read_text().splitlines()]
+
+
+def check_disk(args, out, plan, number):
+    """Prints what is to come and refuses to start what does not fit on the disk."""
+    meta = json.loads((out / "meta.json").read_text())
+    length, source = args.tokens, ""
+    if args.features == "input" and not args.tokens_only:  # as long as the prompt, which depends on the picture
+        processor = pretrained(AutoProcessor, args.vlm)
+        for sample in plan:
+            try:
+                length = encode_messages(processor, [caption_messages(load_picture(sample, args.max_side), 0)])["input_ids"].shape[1]
+                source = ", judged by the first picture"
+                break
+            except UserError:
+                continue
+    need = number * (4 * args.tokens + (0 if args.tokens_only else 2 * length * meta["d_vlm"]))
+    free = shutil.disk_usage(out).free
+    if torchrun_ranks()[0] == 0:
+        print(f"{number} samples to go of {len(plan)}; they need {need / 1e9:.3g} GB on disk{source}, {free / 1e9:.3g} GB are free",
+              flush=True)
+    if need > free:
+        raise UserError(f"{need / 1e9:.3g} GB do not fit in the {free / 1e9:.3g} GB free at {out}: use --tokens-only (training then "
+                        "recomputes the features), a smaller --count or another --out")
+
+
+def summarise(out, plan):
+    """Writes skipped.csv and says what became of every picture, once the last process is done."""
+    shards = [content for _, content in read_shards(out)]
+    samples, skipped = sum(len(shard["samples"]) for shard in shards), [row for shard in shards for row in shard["skipped"]]
+    faults = json.loads((out / "meta.json").read_text())["faults"]
+    table = io.StringIO()
+    csv.writer(table).writerows([("picture", "reason"), *faults, *((row["key"], row["reason"]) for row in skipped)])
+    write_atomically(out / "skipped.csv", table.getvalue())
+    left = len(plan) - samples - len(skipped)
+    if left:
+        print(f"this process is done; {left} samples are with the others", flush=True)
+        return
+    if not samples:
+        raise UserError(f"none of the {len(plan)} pictures can be read: see {out / 'skipped.csv'}")
+    broken = f", {len(faults)} broken tars" if faults else ""
+    see = f" (see {out / 'skipped.csv'})" if skipped or faults else ""
+    print(f"wrote {samples} samples to {out}, skipped {len(skipped)} pictures{broken}{see}")
+
+
+# ---------------------------------------------------------------- lvlm
+def read_ahead(plan, indices, args):
+    """Yields batches [(index, picture or UserError)]; the next batch is decoded while the caller works on this one."""
+    def load(index):
+        try:
+            return index, load_picture(plan[index], args.max_side)
+        except UserError as error:
+            return index, error
+
+    with ThreadPoolExecutor(args.workers) as pool:
+        coming = []
+        for start in range(0, len(indices) + args.batch, args.batch):
+            ready, coming = coming, [pool.submit(load, index) for index in indices[start:start + args.batch]]
+            if ready:
+                yield [future.result() for future in ready]
+
+
+def lvlm(args):
+    rank, world, _ = torchrun_ranks()
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    plan = make_plan(args, out)
+    done = {row["index"] for _, shard in read_shards(out) for row in shard["samples"] + shard["skipped"]}
+    todo = [i for i in range(rank, len(plan), world) if i not in done]  # by number in the plan, so that no two processes share a sample
+    if todo:
+        check_disk(args, out, plan, len(plan) - len(done))
+        device, dtype = pick_device()
+        model, processor = load_vlm(args.vlm, device, dtype)
+
+    records, tokens, features, skipped = [], [], [], []
+
+    def flush():
+        if skipped and not records and len(skipped) >= args.shard_size:  # not recorded: more likely the disk is at fault
+            raise UserError(f"{len(skipped)} pictures in a row cannot be read; is the disk there? The last: {skipped[-1]['reason']}")
+        tensors = {"tokens": torch.stack(tokens).to(torch.int32)} if records else {}  # (n, N)
+        if features:
+            tensors["features"] = pad_sequence(features, batch_first=True)  # (n, N, d_vlm), or (n, longest prompt, d_vlm)
+            if args.features == "input":
+                tensors["lengths"] = torch.tensor([len(rows) for rows in features])  # (n,)
+        write_shard(out, rank, records, tensors, skipped)
+        for rows in (records, tokens, features, skipped):
+            rows.clear()
+
+    bar = tqdm(total=len(todo), unit=" samples", desc="describing", disable=rank != 0 or not todo, smoothing=0.05)
+    for batch in read_ahead(plan, todo, args):
+        seen = len(batch)
+        for index, error in batch:
+            if isinstance(error, UserError):
+                tqdm.write(f"skipped: {error}", file=sys.stderr)
+                skipped.append({"index": index, "key": plan[index].key, "reason": str(error)})
+        batch = [(index, image) for index, image in batch if not isinstance(image, UserError)]
+        if batch:
+            prompts = [plan[index].draw(args.seed, "prompt") % len(PROMPTS) for index, _ in batch]
+            inputs = encode_messages(processor, [caption_messages(image, prompt) for (_, image), prompt in zip(batch, prompts)]).to(device)
+            answer, states, _ = generate_with_features(  # (B, N), (B, N, d_vlm)
+                model, inputs, args.tokens, temperature=args.temperature, top_p=args.top_p,
+                seeds=[plan[index].draw(args.seed, "tokens") for index, _ in batch])
+            records += [{"index": index, "prompt": prompt, "sample": plan[index]} for (index, _), prompt in zip(batch, prompts)]
+            tokens += answer.cpu()
+            if not args.tokens_only:
+                kept = prompt_features(model, inputs) if args.features == "input" else states
+                features += [rows.to("cpu", torch.bfloat16) for rows in kept]
+        bar.update(seen)
+        if len(records) + len(skipped) >= args.shard_size:
+            flush()
+    if records or skipped:
+        flush()
+    bar.close()
+    summarise(out, plan)
+
+
+# ---------------------------------------------------------------- command line
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    p = commands.add_parser("lvlm", help="pictures -> tokens and features of a VLM's descriptions, for thinkdiff_lvlm.py train",
+                            allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--images", nargs="+", required=True, metavar="SOURCE", help="folders (of pictures or tars), tars, brace patterns of them")
+    p.add_argument("--out", required=True, help="folder for the shards")
+    p.add_argument("--count", type=positive, help="this many pictures, drawn at random from all sources together (without it: all)")
+    p.add_argument("--tokens-only", action="store_true", help="store no features: training recomputes them from picture and tokens")
+    p.add_argument("--features", choices=("generated", "input"), default="generated", help="input: the prompt's (Table 3's ablation)")
+    p.add_argument("--vlm", default=MODELS["vlm"], help="folder or hub name of a Qwen2-VL")
+    p.add_argument("--tokens", type=positive, default=64, help="tokens to generate for each picture, EOS ignored (paper: 64)")
+    p.add_argument("--temperature", type=float, default=0.6, help="of the sampling (paper: 0.6)")
+    p.add_argument("--top-p", type=float, default=0.9, help="nucleus of the sampling (paper: 0.9)")
+    p.add_argument("--seed", type=int, default=0, help="decides the choice of pictures, their prompts and the sampling")
+    p.add_argument("--max-side", type=positive, default=1024, help="longer pictures are shrunk: bounds their tokens (1,369) and the memory")
+    p.add_argument("--batch", type=positive, default=32, help="pictures at a time")
+    p.add_argument("--shard-size", type=positive, default=512, help="samples a file (235 MB at full size); a kill loses at most so many")
+    p.add_argument("--workers", type=positive, default=4, help="threads that decode pictures ahead")
+    mini_flag(p, vlm=MINI["vlm"], batch=128)
+    p.set_defaults(command=lvlm)
+    args = parser.parse_args()
+    if not args.temperature > 0 or not 0 < args.top_p <= 1:
+        p.error("--temperature must be above 0 and --top-p in (0, 1]")
+    args.command(args)
+
+
+def positive(text):
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is below 1")
+    return number
+
+
+if __name__ == "__main__":
+    run(main)

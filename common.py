@@ -59,7 +59,7 @@ def run(main):
     except UserError as error:
         message, code = str(error), 1
     except (torch.OutOfMemoryError, MemoryError) as error:
-        message, code = f"out of memory: use a smaller --batch. {first_line(error)}", 1
+        message, code = f"out of memory: use a smaller --batch-size (or --micro-batch). {first_line(error)}", 1
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         advice = {errno.ENOSPC: " Free some space or choose another --out, then run the same command again.",

@@ -90,7 +90,7 @@ def draw_sheet(args):
 def train(args):
     """`train`: each part in a process of its own with FAST_MALLOC; FLUX on as many processes as there are cores."""
     for part in args.parts or PARTS:
-        command = [sys.executable, "-m", f"standins.{'flux' if part == 'vae' else part}"] + (["vae"] if part == "vae" else ["flux"] if part == "flux" else [])
+        command = [sys.executable, "-m", f"standins.{part}"]
         if part == "flux" and (os.cpu_count() or 1) > 1:
             command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] + command[1:]
         print(f"[{part}]", " ".join(command[1:]), flush=True)

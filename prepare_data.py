@@ -319,8 +319,8 @@ def read_ahead(plan, indices, args):
 
     with ThreadPoolExecutor(args.workers) as pool:
         coming = []
-        for start in range(0, len(indices) + args.batch, args.batch):
-            ready, coming = coming, [pool.submit(load, index) for index in indices[start:start + args.batch]]
+        for start in range(0, len(indices) + args.batch_size, args.batch_size):
+            ready, coming = coming, [pool.submit(load, index) for index in indices[start:start + args.batch_size]]
             if ready:
                 yield [future.result() for future in ready]
 
@@ -396,10 +396,10 @@ def main():
     p.add_argument("--top-p", type=float, default=0.9, help="nucleus of the sampling (paper: 0.9)")
     p.add_argument("--seed", type=int, default=0, help="decides the choice of pictures, their prompts and the sampling")
     p.add_argument("--max-side", type=positive, default=1024, help="longer pictures are shrunk: bounds their tokens (1,369) and the memory")
-    p.add_argument("--batch", type=positive, default=32, help="pictures at a time")
+    p.add_argument("--batch-size", type=positive, default=32, help="pictures at a time")
     p.add_argument("--shard-size", type=positive, default=512, help="samples a file (235 MB at full size); a kill loses at most so many")
     p.add_argument("--workers", type=positive, default=4, help="threads that decode pictures ahead")
-    mini_flag(p, vlm=MINI["vlm"], batch=128)
+    mini_flag(p, vlm=MINI["vlm"], tokens=40, batch=128)  # 40: the miniature's answers are short; 128: its passes are small
     p.set_defaults(command=lvlm)
     args = parser.parse_args()
     if not args.temperature > 0 or not 0 < args.top_p <= 1:

@@ -267,6 +267,8 @@ def train(args):
                 tqdm.write(f"skipped ({len(lost)} so far): {e}", file=sys.stderr)
                 continue
             pairs.append(split(x, y, args, position))
+        if not pairs:
+            raise UserError(f"none of {len(numbers)} pictures of a batch can be read; is {args.data} still beside its pictures?")
         return collate(pairs, vlm_tokenizer, t5_tokenizer, device)
 
     @torch.no_grad()
@@ -515,7 +517,7 @@ def main():
 
     p = commands.add_parser("train", help="train the aligner on prepared features", **shown)
     p.set_defaults(run=train)
-    p.add_argument("--data", required=True, help="folder written by `prepare_data.py lvlm`")
+    p.add_argument("--data", default="data/lvlm", help="folder written by `prepare_data.py lvlm`")
     p.add_argument("--out", default="runs/lvlm", help="folder for checkpoints, log.csv, loss.png and the final aligner")
     p.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out, bit for bit as if never stopped")
     p.add_argument("--vlm", default=MODELS["vlm"], help="the VLM that made the data (its tokenizer; with tokens-only data the model itself)")

@@ -1,9 +1,7 @@
 """The miniature CLIP: judges noun and detail of a picture, and is FLUX's pooled text encoder.
 
-    OMP_NUM_THREADS=1 python part_clip.py               # train from nothing (or go on) into mini/clip
-    python part_clip.py --check 1000                    # accuracies on held-out pictures
+    python miniature.py train clip      # or, from the repository's root, python -m standins.clip
 """
-import argparse
 import functools
 import json
 import math
@@ -24,8 +22,8 @@ from world import ANIMALS, DETAILS, ING, NOUNS, OBJECTS, PAIRS, caption, label, 
 ROOT = Path(__file__).resolve().parent.parent
 
 # ---------------------------------------------------------------- sizes and schedule
-VISION_WIDTH, VISION_LAYERS, TEXT_WIDTH, TEXT_LAYERS, PROJECTION = 128, 4, 64, 2, 64  # FLUX's pooled_projection_dim is TEXT_WIDTH
-STEPS, BATCH = 1600, 64
+VISION_WIDTH, VISION_LAYERS, TEXT_WIDTH, TEXT_LAYERS, PROJECTION = 96, 4, 64, 2, 64  # FLUX's pooled_projection_dim is TEXT_WIDTH
+STEPS, BATCH = 1500, 64
 LR, WARMUP = 1.5e-3, 60
 SAVE_SECONDS = 120
 MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
@@ -159,16 +157,17 @@ def evaluate_clip(model, processor, n=1000, seed=0, artefacts=False):
     return {name: round(float(share), 4) for name, share in result.items()}
 
 
+def load(mini):
+    """-> CLIPModel in fp32, CLIPProcessor."""
+    return CLIPModel.from_pretrained(mini / "clip", dtype=torch.float32).eval(), CLIPProcessor.from_pretrained(mini / "clip")
+
+
+def check(mini, n):
+    """evaluate_clip on clean and on noisy, blurred pictures."""
+    model, processor = load(mini)
+    return {"held-out pictures": evaluate_clip(model, processor, n), "with noise and blur": evaluate_clip(model, processor, n, artefacts=True)}
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=STEPS, help="length of the cosine schedule")
-    parser.add_argument("--build", type=Path, default=ROOT / "build", help="folder of caches and training state")
-    parser.add_argument("--out", type=Path, default=ROOT / "mini/clip")
-    parser.add_argument("--check", type=int, metavar="N", help="no training: print accuracies over N held-out pictures")
-    args = parser.parse_args()
     torch.set_num_threads(1)
-    if args.check:
-        model, processor = CLIPModel.from_pretrained(args.out, dtype=torch.float32), CLIPProcessor.from_pretrained(args.out)
-        print(evaluate_clip(model, processor, args.check), evaluate_clip(model, processor, args.check, artefacts=True), sep="\n")
-    else:
-        train(args.build, args.out, args.steps)
+    train()

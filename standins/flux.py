@@ -1,13 +1,8 @@
-"""The miniature FLUX: autoencoder, transformer, assembly into a `FluxPipeline`, evaluation (to be merged into miniature.py).
+"""The miniature FLUX: transformer, assembly into a `FluxPipeline`, accuracy.
 
-    python part_flux.py vae                                             # autoencoder and cached latents, into build/
-    torchrun --nproc_per_node 2 part_flux.py flux --minutes 70          # transformer (one process works too), into build/
-    python part_flux.py assemble                                        # mini/flux from what is in build/, at any time
-    python part_flux.py evaluate --count 200                            # right pictures from true text, judged by mini/clip
+    python miniature.py train flux      # or, from the repository's root, torchrun --nproc_per_node 2 -m standins.flux --minutes 70
 
-Needs mini/t5 and mini/clip. Every run continues from its state in build/ after a kill; more --minutes or --steps prolong it.
-OMP_NUM_THREADS=1 for each process, and MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592
-MALLOC_TOP_PAD_=268435456 before Python starts: glibc would otherwise return and fetch the same memory at every step.
+Goes on from its state in build/ after a kill; more --minutes prolong it.
 """
 import argparse
 import json
@@ -25,7 +20,7 @@ from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
 from standins.pictures import PER_KIND, held_out, pictures, save_state
-from standins.vae import LATENT, contact_sheet, to_tensor
+from standins.vae import LATENT, contact_sheet, quiet_config, to_tensor
 from world import CREATE, DETAILS, NOUNS, PAIRS, caption, label, noun_phrase, sentence
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -152,7 +147,7 @@ def held_out_loss(transformer, held, tokenizer, encoder):
 
 # ---------------------------------------------------------------- transformer: training
 HEADS, DOUBLE, SINGLE = 4, 2, 4  # 32 numbers a head
-FLUX_BATCH, FLUX_LR, FLUX_WARMUP, FLUX_DECAY, FLUX_EMA, FLUX_MINUTES = 64, 1.5e-3, 100, 0.25, 0.998, 70
+FLUX_BATCH, FLUX_LR, FLUX_WARMUP, FLUX_DECAY, FLUX_EMA, FLUX_MINUTES = 32, 1.5e-3, 100, 0.25, 0.998, 70
 
 
 def new_flux(d_text, d_pooled, heads=HEADS, double=DOUBLE, single=SINGLE):
@@ -161,13 +156,14 @@ def new_flux(d_text, d_pooled, heads=HEADS, double=DOUBLE, single=SINGLE):
         joint_attention_dim=d_text, pooled_projection_dim=d_pooled, guidance_embeds=False, axes_dims_rope=(8, 12, 12))
 
 
-def train_flux(build, mini, minutes=FLUX_MINUTES, steps=None, seed=0, batch=FLUX_BATCH, lr=FLUX_LR, optimizer="adamw", name="flux",
+def train_flux(build, mini, minutes=FLUX_MINUTES, steps=None, seed=0, batch=None, lr=FLUX_LR, name="flux",
                heads=HEADS, double=DOUBLE, single=SINGLE):
     """Trains the transformer for `minutes` of wall time or `steps` in all; exports the averaged weights to build/NAME at every save.
 
     Under torchrun each process takes its share of the batch and the gradients are averaged (gloo). State: build/NAME.pt.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    batch = batch or FLUX_BATCH * world_size
     if world_size > 1:
         torch.distributed.init_process_group("gloo")
     if rank == 0:
@@ -246,7 +242,7 @@ def load_parts(build, mini):
     tokenizer, encoder = load_t5(mini)
     clip_tokenizer, clip = CLIPTokenizer.from_pretrained(mini / "clip"), CLIPTextModel.from_pretrained(mini / "clip", dtype=torch.float32).eval()
     return FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),  # no shift: t is drawn logit-normal, and 16 tokens are a small picture
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),  # no shift: t is drawn logit-normal, and 64 tokens are a small picture
         vae=AutoencoderTiny.from_pretrained(build / "vae"), transformer=FluxTransformer2DModel.from_pretrained(build / "flux"),
         text_encoder=clip, tokenizer=clip_tokenizer, text_encoder_2=encoder, tokenizer_2=tokenizer)
 
@@ -258,6 +254,7 @@ def assemble(build, mini):
     for part in ("text_encoder", "text_encoder_2"):  # transformers loads in the dtype its config names; diffusers in fp32 by default
         config = json.loads((fresh / part / "config.json").read_text())
         (fresh / part / "config.json").write_text(json.dumps(config | {"dtype": "float32"}, indent=2))
+    quiet_config(fresh / "vae/config.json")
     for file in sorted(f for f in fresh.rglob("*") if f.is_file()):
         target = out / file.relative_to(fresh)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -294,42 +291,19 @@ def evaluate_flux(pipe, judge, count=200, steps=28, seed=0, length=48, sheet=Non
     return counts
 
 
-def evaluate(build, mini, count, steps, seed):
-    from standins.clip import judge
-    from transformers import CLIPModel, CLIPProcessor
-    clip, processor = CLIPModel.from_pretrained(mini / "clip", dtype=torch.float32).eval(), CLIPProcessor.from_pretrained(mini / "clip")
-    with torch.inference_mode():
-        counts = evaluate_flux(load_parts(build, mini), lambda images, details: judge(clip, processor, images, details), count, steps, seed,
-                               sheet=build / "flux.png")
-    for detail in [*DETAILS, "all"]:
-        if detail in counts:
-            noun, value, both, n = counts[detail]
-            print(f"{detail:12} noun {noun / n:.3f}  value {value / n:.3f}  both {both / n:.3f}  n {n}")
+def check(mini, n):
+    """evaluate_flux of the shipped pipeline, judged by the mini CLIP; also what the VLM's relay is measured against."""
+    from standins import clip
+    model, processor = clip.load(mini)
+    pipe = FluxPipeline.from_pretrained(mini / "flux")
+    counts = evaluate_flux(pipe, lambda images, details: clip.judge(model, processor, images, details), n)
+    return {key: dict(zip(("noun", "value", "both"), (counts[key][:3] / counts[key][3]).round(4).tolist()), n=int(counts[key][3])) for key in [*DETAILS, "all"]}
 
 
 # ---------------------------------------------------------------- command line
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["vae", "flux", "assemble", "evaluate"])
-    parser.add_argument("--build", type=Path, default=ROOT / "build")
-    parser.add_argument("--mini", type=Path, default=ROOT / "mini")
-    parser.add_argument("--minutes", type=float, help="wall time of the training in all, over resumes")
-    parser.add_argument("--steps", type=int, help="flux: steps in all instead of minutes; evaluate: denoising steps (28)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--count", type=int, default=200)
-    parser.add_argument("--batch", type=int, default=FLUX_BATCH, help="flux: over all processes")
-    parser.add_argument("--lr", type=float, default=FLUX_LR)
-    parser.add_argument("--optimizer", choices=["adamw", "muon"], default="adamw")
-    parser.add_argument("--name", default="flux", help="flux: name of the state, for comparisons")
-    parser.add_argument("--shape", type=int, nargs=3, default=[HEADS, DOUBLE, SINGLE])
+    parser.add_argument("--minutes", type=float, default=FLUX_MINUTES, help="wall time of the training in all, over resumes")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    args.build.mkdir(parents=True, exist_ok=True)
-    if args.part == "vae":
-        train_vae(args.build, args.seed)
-    elif args.part == "flux":
-        train_flux(args.build, args.mini, args.minutes or FLUX_MINUTES, args.steps, args.seed, args.batch, args.lr, args.optimizer, args.name, *args.shape)
-    elif args.part == "assemble":
-        assemble(args.build, args.mini)
-    else:
-        evaluate(args.build, args.mini, args.count, args.steps or 28, args.seed)
+    train_flux(ROOT / "build", ROOT / "mini", args.minutes)

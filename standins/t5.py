@@ -1,6 +1,6 @@
-"""The miniature T5 and its tokenizer (to be merged into miniature.py).
+"""The miniature T5 and its tokenizer.
 
-    python part_t5.py        # trains mini/t5 from nothing on CPU; a killed run continues from build/
+    python miniature.py train t5        # or, from the repository's root, python -m standins.t5
 """
 import os
 import random
@@ -200,6 +200,22 @@ def t5_labels(model, tokenizer, texts, task="label", max_new_tokens=60):
     return tokenizer.batch_decode(ids, skip_special_tokens=True)
 
 
+def check(mini, n, seed=1):
+    """Share of n captions of random kinds whose noun and value T5 reads (encoder -> decoder, task "label"); shuffled: with another
+    caption's memory, which must be wrong."""
+    model = T5ForConditionalGeneration.from_pretrained(mini / "t5", dtype=torch.float32).eval()
+    tokenizer = T5Tokenizer.from_pretrained(mini / "t5")
+    rng = random.Random(seed)
+    kinds = [rng.choice(world.PAIRS) for _ in range(n)]
+    read = []
+    for at in range(0, n, 100):
+        read += t5_labels(model, tokenizer, [world.caption(rng, *kind) for kind in kinds[at:at + 100]], max_new_tokens=8)
+    right = [text == world.label(*kind) for text, kind in zip(read, kinds)]
+    return {"label read from a caption": sum(right) / n,
+            "label read from another caption": sum(text == world.label(*kind) for text, kind in zip(read[1:], kinds)) / n}
+
+
 if __name__ == "__main__":
-    here = Path(__file__).parent
-    train_t5(here / "mini/t5", here / "build")
+    torch.set_num_threads(1)
+    root = Path(__file__).resolve().parent.parent
+    train_t5(root / "mini/t5", root / "build")

@@ -3,6 +3,7 @@
 FLUX's 2 x 2 packing makes 64 tokens of 32 numbers of them. 8 x smaller latents (the real FLUX's) would make FLUX 2.4 times
 cheaper, but on this world they need an hour of training before a texture is recognised; these need ten minutes.
 """
+import json
 import math
 import time
 from pathlib import Path
@@ -88,6 +89,7 @@ def export_vae(weights, store, build):
     z = torch.cat([vae.encoder(to_tensor(pics)) for pics in np.array(store[:, :2])])
     vae.register_to_config(shift_factor=z.mean().item(), scaling_factor=1 / z.std().item())
     vae.half().save_pretrained(build / "vae")
+    quiet_config(build / "vae/config.json")
     vae = AutoencoderTiny.from_pretrained(build / "vae").eval()
     pick = [i for i, p in enumerate(PAIRS) if p[0] == "texture"][3::7] + list(range(0, len(PAIRS), 17))
     x = to_tensor(np.stack([held_out(kind, 0) for kind in pick[:60]]))
@@ -95,6 +97,13 @@ def export_vae(weights, store, build):
     print(f"latents: mean {z.mean():.3f}, std {z.std():.3f}, largest {z.abs().max():.2f}; reconstruction of {len(x)} held-out pictures: "
           f"{(-10 * ((x - y) / 2).square().mean(dim=(1, 2, 3)).log10()).mean():.1f} dB PSNR")
     contact_sheet(torch.stack([x, y], 1).flatten(0, 1), build / "vae.png", 12)
+
+
+def quiet_config(file):
+    """Removes what AutoencoderTiny writes to its config and then warns about at every loading."""
+    config = json.loads(file.read_text())
+    config.pop("block_out_channels", None)
+    file.write_text(json.dumps(config, indent=2))
 
 
 def contact_sheet(x, path, columns):
@@ -108,4 +117,4 @@ def contact_sheet(x, path, columns):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    train_vae(Path(__file__).parent / "build")
+    train_vae(Path(__file__).resolve().parent.parent / "build")

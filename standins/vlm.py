@@ -1,10 +1,7 @@
 """The miniature Qwen2-VL: captions pictures, answers CoBSAT's in-context questions and the judge's questions.
 
-    OMP_NUM_THREADS=1 python part_vlm.py                # train from nothing (or go on) into mini/qwen2-vl
-    python part_vlm.py --steps 800                      # a shorter schedule; also to end a running one early: kill, start again
-    python part_vlm.py --check 200                      # accuracies on held-out pictures, 200 questions each
+    python miniature.py train vlm       # or, from the repository's root, python -m standins.vlm
 """
-import argparse
 import functools
 import json
 import math
@@ -384,19 +381,14 @@ def evaluate(model, processor, n=200, seed=0, batch=50, wrong=None):
     return result
 
 
+def check(mini, n):
+    """evaluate, with the largest difference between this file's forward pass and the processor's and model's own."""
+    model = Qwen2VLForConditionalGeneration.from_pretrained(mini / "qwen2-vl", dtype=torch.float32).eval()
+    processor = Qwen2VLProcessor.from_pretrained(mini / "qwen2-vl")
+    with torch.no_grad():
+        return {**evaluate(model, processor, n), "fast path off by": check_fast_path(model, processor)}
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=STEPS, help="steps after the vision pre-training; the cosine schedule ends there")
-    parser.add_argument("--build", type=Path, default=ROOT / "build", help="folder of caches and training state")
-    parser.add_argument("--out", type=Path, default=ROOT / "mini/qwen2-vl")
-    parser.add_argument("--check", type=int, metavar="N", help="no training: print accuracies over N questions of each kind")
-    args = parser.parse_args()
     torch.set_num_threads(1)
-    if args.check:
-        wrong = []
-        model, processor = Qwen2VLForConditionalGeneration.from_pretrained(args.out, dtype=torch.float32), Qwen2VLProcessor.from_pretrained(args.out)
-        print("fast path against processor:", check_fast_path(model, processor))
-        print(evaluate(model, processor, args.check, wrong=wrong))
-        print(*wrong[:40], sep="\n")
-    else:
-        train(args.build, args.out, args.steps)
+    train()

@@ -111,7 +111,7 @@ def pictures(tmp_path_factory):
     return root
 
 
-OPTIONS = "lvlm --mini --tokens 12 --batch 3 --shard-size 4".split()
+OPTIONS = "lvlm --mini --tokens 12 --batch-size 3 --shard-size 4".split()
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,104 @@
+"""aligner.py: Eq. 1 against transformers' own T5 norm, the ablations, checkpoints, the authors' .pth files."""
+import json
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers.models.t5.modeling_t5 import T5LayerNorm
+
+from aligner import RELEASED_KEYS, Aligner, load_aligner
+from common import UserError
+
+
+def by_hand(aligner, x, norm_weight, eps=1e-6):
+    """Eq. 1 from the weights, with the norm of transformers' T5."""
+    p = aligner.state_dict()
+    norm = T5LayerNorm(len(norm_weight), eps)
+    norm.weight.data = norm_weight
+    return norm(F.linear(F.gelu(F.linear(x, p["net.0.weight"], p["net.0.bias"])), p["net.2.weight"], p["net.2.bias"]))
+
+
+def test_equation_1_with_t5s_norm():
+    torch.manual_seed(0)
+    aligner, weight, x = Aligner(12, 8), torch.rand(8) * 0.2 + 0.1, torch.randn(2, 5, 12)
+    aligner.init_norm(weight)
+    torch.testing.assert_close(aligner(x), by_hand(aligner, x, weight), rtol=1e-5, atol=1e-6)
+
+
+def test_ablations_of_figure_7():
+    weight, x = torch.full((8,), 0.2), torch.randn(3, 12)
+    default, none = Aligner(12, 8, norm="default"), Aligner(12, 8, norm="none")
+    for aligner in (default, none):
+        aligner.init_norm(weight)
+    assert torch.equal(default.net[3].weight, torch.ones(8))
+    assert len(none.net) == 3 and "net.3.weight" not in none.state_dict()
+    torch.testing.assert_close(default(x), by_hand(default, x, torch.ones(8)), rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError):
+        Aligner(12, 8, norm="layer")
+
+
+def test_saved_and_loaded(tmp_path):
+    aligner = Aligner(12, 8, norm="none")
+    aligner.save_pretrained(tmp_path / "a")
+    assert json.loads((tmp_path / "a" / "config.json").read_text())["d_vlm"] == 12
+    again = load_aligner(tmp_path / "a", d_vlm=12, d_t5=8)
+    assert again.norm == "none" and all(torch.equal(v, again.state_dict()[k]) for k, v in aligner.state_dict().items())
+
+
+@pytest.mark.parametrize("widths, said", [((13, 8), "a VLM of width 12"), ((12, 9), "a T5 of width 8")])
+def test_other_width_is_refused(tmp_path, widths, said):
+    Aligner(12, 8).save_pretrained(tmp_path / "a")
+    with pytest.raises(UserError, match=said):
+        load_aligner(tmp_path / "a", *widths)
+
+
+def released(prefix="", **changes):
+    torch.manual_seed(1)
+    model = {"mm_projector.0.weight": torch.randn(8, 12), "mm_projector.0.bias": torch.randn(8), "mm_projector.2.weight": torch.randn(8, 8),
+             "mm_projector.2.bias": torch.randn(8), "mm_projector.3.weight": torch.rand(8)}
+    assert set(model) == RELEASED_KEYS
+    model.update(changes)
+    return {"model": {prefix + k: v for k, v in model.items() if v is not None}, "optimizer": {}, "config": {"lr": 1e-4}, "scaler": {}, "epoch": 3}
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_released_checkpoint(tmp_path, prefix):
+    state = released(prefix)
+    torch.save(state, tmp_path / "thinkdiff_lvlm.pth")
+    aligner, x = load_aligner(tmp_path / "thinkdiff_lvlm.pth", d_vlm=12, d_t5=8), torch.randn(2, 3, 12)
+    p = {k.removeprefix(prefix): v for k, v in state["model"].items()}
+    expected = T5LayerNorm(8)
+    expected.weight.data = p["mm_projector.3.weight"]
+    hidden = F.gelu(x @ p["mm_projector.0.weight"].T + p["mm_projector.0.bias"])
+    torch.testing.assert_close(aligner(x), expected(hidden @ p["mm_projector.2.weight"].T + p["mm_projector.2.bias"]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("state, said", [
+    (released(**{"mm_projector.3.weight": None}), "missing mm_projector.3.weight"),
+    (released(**{"t5.lm_head.weight": torch.ones(1)}), "unexpected t5.lm_head.weight"),
+    (released(**{"mm_projector.2.weight": torch.ones(8, 7)}), "do not fit together"),
+    ({"weights": {}}, "no entry 'model'"),
+    (torch.ones(3), "no entry 'model'"),
+])
+def test_wrong_checkpoints_are_named(tmp_path, state, said):
+    torch.save(state, tmp_path / "x.pth")
+    with pytest.raises(UserError, match=said):
+        load_aligner(tmp_path / "x.pth")
+
+
+class Unsafe:
+    pass
+
+
+def test_unsafe_damaged_and_missing_files(tmp_path):
+    torch.save({"model": Unsafe()}, tmp_path / "unsafe.pth")  # a pickled object: reading it would run code
+    (tmp_path / "half.pth").write_bytes(b"PK\3\4 half a file")
+    (tmp_path / "empty").mkdir()
+    for name in ("unsafe.pth", "half.pth", "missing.pth", "empty", "missing/folder/aligner", "no/such-repo"):
+        with pytest.raises(UserError) as error:
+            load_aligner(tmp_path / name if name != "no/such-repo" else name)
+        assert len(str(error.value).splitlines()) == 1
+    Aligner(12, 8).save_pretrained(tmp_path / "cut")
+    (tmp_path / "cut" / "model.safetensors").write_bytes((tmp_path / "cut" / "model.safetensors").read_bytes()[:100])
+    with pytest.raises(UserError):
+        load_aligner(tmp_path / "cut")

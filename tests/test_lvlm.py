@@ -1,0 +1,263 @@
+"""thinkdiff_lvlm.py: loss, frozen parts, resume and DDP through the command line; generation against the stock pipelines."""
+import csv
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FluxPipeline
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoProcessor, AutoTokenizer, Qwen2VLForConditionalGeneration, T5ForConditionalGeneration
+
+import thinkdiff_lvlm
+from aligner import Aligner
+from common import MINI, REPO
+from thinkdiff_lvlm import Shards, collate, decode_loss, load_t5_decoder, sample_order, split
+from world import PAIRS, draw
+
+SCRIPT = str(REPO / "thinkdiff_lvlm.py")
+SMALL = "--mini --batch-size 8 --micro-batch 4 --log-every 1 --eval-every 4 --held-out 4 --warmup 2 --lr-horizon 20".split()
+
+
+def command(*args, code=0):
+    """Runs a script; checks its exit code and that it never shows a traceback. Returns stdout, stderr."""
+    done = subprocess.run([sys.executable, *map(str, args)], cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr[-2000:]
+    assert "Traceback" not in done.stderr
+    return done.stdout, done.stderr
+
+
+def complaint(*args, code=1):
+    """The one line in which a script complains."""
+    lines = [line for line in command(*args, code=code)[1].splitlines() if "error: " in line]
+    assert len(lines) == 1
+    return lines[0]
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """40 drawn pictures, described by the mini VLM through the command line."""
+    root = tmp_path_factory.mktemp("lvlm")
+    with tarfile.open(root / "a.tar", "w") as tar:
+        for i in range(40):
+            file, rng = io.BytesIO(), random.Random(f"test {i}")
+            draw(rng, *rng.choice(PAIRS)).save(file, "PNG")
+            info = tarfile.TarInfo(f"{i:03}.png")
+            info.size = len(file.getvalue())
+            file.seek(0)
+            tar.addfile(info, file)
+    for name, more in (("data", []), ("tokens", ["--tokens-only"]), ("input", ["--features", "input"])):
+        command(REPO / "prepare_data.py", "lvlm", "--mini", "--images", root / "a.tar", "--out", root / name, "--tokens", 24, *more)
+    return root
+
+
+class Args:
+    masking, features, seed = "random", "generated", 0
+
+
+# ---------------------------------------------------------------- data and loss
+def test_split_is_a_uniform_prefix_and_the_rest():
+    x, y = torch.arange(8)[:, None].float(), torch.arange(8)
+    seen = []
+    for position in range(2000):
+        x1, y2 = split(x, y, Args, position)
+        assert torch.equal(x1[:, 0].long(), y[:len(x1)]) and torch.equal(y2, y[len(x1):])
+        seen.append(len(x1))
+    counts = np.bincount(seen, minlength=9)
+    assert counts[0] == counts[8] == 0 and counts[1:8].min() > 2000 / 7 * 0.75
+    assert [len(split(x, y, Args, p)[0]) for p in range(50)] == seen[:50]
+
+    class Whole(Args):
+        masking = "none"
+    assert split(x, y, Whole, 0) == (x, y)
+
+
+def test_order_does_not_depend_on_where_it_starts():
+    stream = [number for number, _ in zip(sample_order(7, 3, 0), range(30))]
+    assert [number for number, _ in zip(sample_order(7, 3, 11), range(19))] == stream[11:]
+    assert sorted(stream[:7]) == sorted(stream[7:14]) == list(range(7)) and stream[:7] != stream[7:14]
+
+
+def test_loss_equals_stock_t5_and_only_the_aligner_learns(data):
+    shards, positions = Shards(data / "data"), [0, 1, 2, 3, 4]
+    vlm_tokenizer, t5_tokenizer = AutoTokenizer.from_pretrained(MINI["vlm"]), AutoTokenizer.from_pretrained(MINI["t5"])
+    t5 = load_t5_decoder(MINI["t5"], "cpu", torch.float32)
+    assert len(t5.encoder.block) == 0 and len(t5.decoder.block) > 0
+    torch.manual_seed(0)
+    aligner = Aligner(shards.meta["d_vlm"], t5.config.d_model)
+    aligner.init_norm(t5.encoder.final_layer_norm.weight)
+    before = {k: v.clone() for k, v in t5.state_dict().items()}
+    pairs = [split(*shards[i], Args, p) for i, p in zip(range(5), positions)]
+    x, mask, labels = collate(pairs, vlm_tokenizer, t5_tokenizer, "cpu")
+    total, count = decode_loss(t5, aligner(x), mask, labels)
+    (total / count).backward()
+
+    stock = T5ForConditionalGeneration.from_pretrained(MINI["t5"], dtype=torch.float32).eval()  # whole, encoder and all
+    losses, tokens = [], []
+    for i, p in zip(range(5), positions):  # one at a time, from the shard file, without padding
+        features, y = shards.tensor(i, "features"), shards.tensor(i, "tokens").long()
+        s = random.Random(f"0 {p}").randint(1, len(y) - 1)
+        target = t5_tokenizer(vlm_tokenizer.decode(y[s:], skip_special_tokens=True), truncation=True, max_length=128, return_tensors="pt").input_ids
+        assert target[0, -1] == t5_tokenizer.eos_token_id
+        with torch.no_grad():
+            losses.append(stock(encoder_outputs=(aligner(features[None, :s].float()),), labels=target).loss.item())
+        tokens.append(target.shape[1])
+    assert count == sum(tokens)
+    assert (total / count).item() == pytest.approx(np.average(losses, weights=tokens), abs=1e-5)
+
+    assert all(p.grad is not None for p in aligner.parameters())
+    assert all(p.grad is None and not p.requires_grad for p in t5.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in t5.state_dict().items())
+
+
+# ---------------------------------------------------------------- training through the command line
+def train(data, out, *more, name="data", torchrun=False):
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if torchrun else []
+    return command(*start, SCRIPT, "train", *SMALL, "--data", data / name, "--out", out, *more)
+
+
+@pytest.fixture(scope="session")
+def trained(data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "one"
+    train(data, out, "--steps", 8, "--save-every", 4)
+    return out
+
+
+def test_training_writes_what_it_promises(trained):
+    rows = list(csv.DictReader((trained / "log.csv").open()))
+    assert [int(row["step"]) for row in rows] == list(range(1, 9)) and rows[3]["held_out_loss"] and not rows[2]["held_out_loss"]
+    assert (trained / "loss.png").stat().st_size > 1000 and (trained / "aligner" / "model.safetensors").exists()
+    initial, final = float(rows[3]["held_out_loss"]), float(rows[7]["held_out_loss"])
+    assert final < initial
+
+
+def test_killed_and_resumed_is_bit_identical(data, trained, tmp_path):
+    out = tmp_path / "killed"
+    process = subprocess.Popen([sys.executable, SCRIPT, "train", *SMALL, "--data", data / "data", "--out", out, "--steps", "8", "--save-every", "4"],
+                               cwd=REPO, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    while not (out / "checkpoint-0000004").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (out / "checkpoint-0000008").exists(), "killed too late to prove anything"
+    train(data, out, "--steps", 8, "--save-every", 4, "--resume")
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        assert (out / "checkpoint-0000008" / file).read_bytes() == (trained / "checkpoint-0000008" / file).read_bytes()
+    losses = [[(r["step"], r["loss"], r["held_out_loss"]) for r in csv.DictReader((run / "log.csv").open())] for run in (out, trained)]
+    assert losses[0] == losses[1]
+
+
+def test_two_processes_equal_one(data, trained, tmp_path):
+    train(data, tmp_path / "two", "--steps", 8, "--save-every", 4, torchrun=True)
+    one, two = (load_file(run / "aligner" / "model.safetensors") for run in (trained, tmp_path / "two"))
+    for name in one:  # sums in another order: 1e-5 after eight steps of size up to 2e-3
+        torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-5)
+
+
+def test_tokens_only_trains_the_same_aligner(data, trained, tmp_path):
+    """Features recomputed from picture and tokens are the stored ones but for a bf16 rounding."""
+    train(data, tmp_path / "tokens", "--steps", 8, "--save-every", 4, name="tokens")
+    stored, recomputed = (list(csv.DictReader((run / "log.csv").open())) for run in (trained, tmp_path / "tokens"))
+    assert [float(r["loss"]) for r in recomputed] == pytest.approx([float(r["loss"]) for r in stored], rel=5e-3)
+
+
+def test_ablations_run(data, tmp_path):
+    for more, name in ((["--masking", "none"], "data"), (["--norm", "none"], "data"), (["--features", "input"], "input")):
+        train(data, tmp_path / "-".join(more), "--steps", 2, *more, name=name)
+
+
+def test_training_complaints(data, trained, tmp_path):
+    t = (SCRIPT, "train", *SMALL, "--out", tmp_path / "x", "--steps", 2)
+    assert "no training data in" in complaint(*t, "--data", tmp_path / "nothing")
+    assert "already holds a training run" in complaint(*t[:-4], "--out", trained, "--data", data / "data")
+    assert "nothing to resume" in complaint(*t, "--data", data / "data", "--resume")
+    assert "with other settings" in complaint(*t[:-4], "--out", trained, "--data", data / "data", "--resume", "--seed", 5)
+    assert "pass --features input" in complaint(*t, "--data", data / "input")
+    assert "no/such-t5" in complaint(*t, "--data", data / "data", "--t5", "no/such-t5")
+    (tmp_path / "file").write_text("kept")
+    complaint(*t[:-4], "--out", tmp_path / "file" / "x", "--data", data / "data")
+    assert (tmp_path / "file").read_text() == "kept"
+    command(*t, "--batch-size", "many", code=2)
+    one_token = tmp_path / "one-token"
+    command(REPO / "prepare_data.py", "lvlm", "--mini", "--images", data / "a.tar", "--out", one_token, "--tokens", 1, "--count", 12)
+    assert "at least 2" in complaint(*t, "--data", one_token)
+
+
+# ---------------------------------------------------------------- generation
+def pixels(path):
+    return np.asarray(Image.open(path).convert("RGB")).astype(int)
+
+
+def test_generate_equals_stock_vlm_hand_made_aligner_and_stock_flux(trained, tmp_path):
+    """The example context through transformers' own hidden states, Eq. 1, and FluxPipeline called directly."""
+    example = REPO / "mini" / "example"
+    out, _ = command(SCRIPT, "generate", "--mini", "--aligner", trained / "aligner", "--text", "Word 1: white, ", "--image", example / "white_car.png",
+                     "--text", "\n\nWord 2: blue, ", "--image", example / "blue_car.png", "--text", "\n\nWord 3: red, ", "--out", tmp_path / "x.png",
+                     "--steps", 4, "--seed", 7)
+    model, processor = Qwen2VLForConditionalGeneration.from_pretrained(MINI["vlm"], dtype=torch.float32), AutoProcessor.from_pretrained(MINI["vlm"])
+    pictures = [Image.open(example / f"{color}_car.png").convert("RGB") for color in ("white", "blue")]
+    see = "<|vision_start|><|image_pad|><|vision_end|>"
+    text = (f"<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n{thinkdiff_lvlm.INSTRUCTION}Word 1: white, {see}\n\n"
+            f"Word 2: blue, {see}\n\nWord 3: red, <|im_end|>\n<|im_start|>assistant\n")
+    inputs = processor(text=[text], images=pictures, return_tensors="pt")
+    with torch.no_grad():
+        answer = model.generate(**inputs, max_new_tokens=128, do_sample=False, output_hidden_states=True, return_dict_in_generate=True)
+        x = torch.stack([step[-1][0, -1] for step in answer.hidden_states])  # (n, d_vlm): the last is the state that said EOS
+        words = processor.tokenizer.decode(answer.sequences[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
+        prompt = Aligner.from_pretrained(trained / "aligner")(x[:-1])[None]
+        pipe = FluxPipeline.from_pretrained(MINI["flux"])
+        pipe.set_progress_bar_config(disable=True)
+        _, pooled, _ = pipe.encode_prompt("", None)
+        expected = pipe(prompt_embeds=prompt, pooled_prompt_embeds=pooled, height=64, width=64, num_inference_steps=4,
+                        generator=torch.Generator().manual_seed(7)).images[0]
+    assert words in out
+    assert abs(pixels(tmp_path / "x.png") - np.asarray(expected).astype(int)).max() <= 1
+
+    command(SCRIPT, "generate", "--mini", "--relay", "--steps", 4, "--seed", 7, "--out", tmp_path / "relay.png")  # the default context is the same
+    with torch.no_grad():
+        relay = pipe(prompt="", prompt_2=words, max_sequence_length=48, height=64, width=64, num_inference_steps=4,
+                     generator=torch.Generator().manual_seed(7)).images[0]
+    assert abs(pixels(tmp_path / "relay.png") - np.asarray(relay).astype(int)).max() <= 1
+
+
+def test_batch_draws_what_single_contexts_draw(trained, tmp_path):
+    Image.open(REPO / "mini/example/white_car.png").save(tmp_path / "a.png")
+    long = [{"text": "Word 1: white, "}, {"image": "a.png"}, {"text": "\n\nWord 2: red, "}]
+    lines = [{"context": long, "out": str(tmp_path / "1.png")}, {"context": [{"text": "Draw a cat."}], "out": str(tmp_path / "2.png"), "seed": 4},
+             {"context": [{"image": "gone.png"}], "out": str(tmp_path / "3.png")}, {"no": "context"}]
+    (tmp_path / "c.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\nnot json\n")
+    common = (SCRIPT, "generate", "--mini", "--aligner", trained / "aligner", "--steps", 2, "--max-new-tokens", 12)
+    out, err = command(*common, "--batch", tmp_path / "c.jsonl")
+    assert "drew 2 pictures, skipped 3 lines" in out and all(f"line {n}" in err for n in (3, 4, 5)) and not (tmp_path / "3.png").exists()
+    command(*common, "--text", "Draw a cat.", "--seed", 4, "--out", tmp_path / "single.png")
+    assert abs(pixels(tmp_path / "2.png") - pixels(tmp_path / "single.png")).max() <= 1
+    command(*common, "--text", "Draw a cat.", "--seed", 3, "--num-images", 2, "--out", tmp_path / "many.png")
+    assert abs(pixels(tmp_path / "many-2.png") - pixels(tmp_path / "single.png")).max() <= 1
+    assert abs(pixels(tmp_path / "many-1.png") - pixels(tmp_path / "single.png")).max() > 1
+
+
+def test_generation_complaints(trained, tmp_path):
+    g = (SCRIPT, "generate", "--mini", "--steps", 2)
+    (tmp_path / "kept.png").write_text("mine")
+    (tmp_path / "zero.png").write_bytes(b"")
+    assert "exists" in complaint(*g, "--out", tmp_path / "kept.png") and (tmp_path / "kept.png").read_text() == "mine"
+    assert "cannot write" in complaint(*g, "--out", tmp_path / "kept.png" / "x.png")
+    assert "zero.png" in complaint(*g, "--image", tmp_path / "zero.png", "--out", tmp_path / "x.png")
+    assert "gone.png" in complaint(*g, "--image", tmp_path / "gone.png", "--out", tmp_path / "x.png")
+    Aligner(48, 32).save_pretrained(tmp_path / "narrow")
+    assert "a VLM of width 48" in complaint(*g, "--aligner", tmp_path / "narrow", "--out", tmp_path / "x.png")
+    assert "no context" in complaint(SCRIPT, "generate")
+    assert "no/such-model" in complaint(*g, "--vlm", "no/such-model", "--out", tmp_path / "x.png")
+    assert ".png" in complaint(*g, "--out", tmp_path / "x.gif")
+    command(*g, "--size", "large", code=2)
+    assert not (tmp_path / "x.png").exists()

@@ -8,8 +8,10 @@ import sys
 import traceback
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import torch
+import transformers
 from PIL import Image, ImageOps, UnidentifiedImageError
 from safetensors import SafetensorError
 
@@ -52,6 +54,8 @@ def run(main):
     """Calls main(); what a user can put right ends as one line on stderr and exit code 1 (Ctrl-C: 130), argparse's own errors as 2.
 
     THINKDIFF_DEBUG=1 shows the traceback as well."""
+    for library in (transformers, diffusers):  # their warnings are about what these scripts do on purpose, such as leaving out T5's encoder
+        library.utils.logging.set_verbosity_error()
     try:
         return main()
     except KeyboardInterrupt:

@@ -399,7 +399,7 @@ def main():
     p.add_argument("--batch-size", type=positive, default=32, help="pictures at a time")
     p.add_argument("--shard-size", type=positive, default=512, help="samples a file (235 MB at full size); a kill loses at most so many")
     p.add_argument("--workers", type=positive, default=4, help="threads that decode pictures ahead")
-    mini_flag(p, vlm=MINI["vlm"], tokens=40, batch=128)  # 40: the miniature's answers are short; 128: its passes are small
+    mini_flag(p, vlm=MINI["vlm"], tokens=40, batch_size=128)  # 40: the miniature's answers are short; 128: its passes are small
     p.set_defaults(command=lvlm)
     args = parser.parse_args()
     if not args.temperature > 0 or not 0 < args.top_p <= 1:

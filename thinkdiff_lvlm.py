@@ -351,7 +351,7 @@ def train(args):
 # ---------------------------------------------------------------- inference: context -> VLM -> aligner -> FLUX (Eq. 3)
 def load_flux(path, device, dtype, t5_encoder=False):
     """FluxPipeline, without its T5 encoder (9.5 GB in bf16 at full size) unless the relay needs it."""
-    pipe = pretrained(FluxPipeline, path, torch_dtype=dtype, **({} if t5_encoder else {"text_encoder_2": None, "tokenizer_2": None}))
+    pipe = pretrained(FluxPipeline, path, dtype=dtype, **({} if t5_encoder else {"text_encoder_2": None, "tokenizer_2": None}))
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 

@@ -1,14 +1,15 @@
 """thinkdiff_lvlm.py: loss, frozen parts, resume and DDP through the command line; generation against the stock pipelines."""
+import contextlib
 import csv
 import io
 import json
-import os
 import random
 import signal
 import subprocess
 import sys
 import tarfile
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +19,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoProcessor, AutoTokenizer, Qwen2VLForConditionalGeneration, T5ForConditionalGeneration
 
+import common
+import prepare_data
 import thinkdiff_lvlm
 from aligner import Aligner
 from common import MINI, REPO
@@ -28,12 +31,19 @@ SCRIPT = str(REPO / "thinkdiff_lvlm.py")
 SMALL = "--mini --batch-size 8 --micro-batch 4 --log-every 1 --eval-every 4 --held-out 4 --warmup 2 --lr-horizon 20".split()
 
 
-def command(*args, code=0):
-    """Runs a script; checks its exit code and that it never shows a traceback. Returns stdout, stderr."""
-    done = subprocess.run([sys.executable, *map(str, args)], cwd=REPO, capture_output=True, text=True)
-    assert done.returncode == code, done.stderr[-2000:]
-    assert "Traceback" not in done.stderr
-    return done.stdout, done.stderr
+def command(script, *args, code=0):
+    """A script's command line in this process (importing it takes seconds); checks the exit code. Returns stdout, stderr."""
+    out, err = io.StringIO(), io.StringIO()
+    main = {"thinkdiff_lvlm.py": thinkdiff_lvlm.main, "prepare_data.py": prepare_data.main}[Path(script).name]
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.setattr(sys, "argv", [str(script), *map(str, args)])
+        try:
+            common.run(main)
+            ended = 0
+        except SystemExit as stop:
+            ended = stop.code
+    assert ended == code, err.getvalue()[-2000:]
+    return out.getvalue(), err.getvalue()
 
 
 def complaint(*args, code=1):
@@ -121,8 +131,11 @@ def test_loss_equals_stock_t5_and_only_the_aligner_learns(data):
 
 # ---------------------------------------------------------------- training through the command line
 def train(data, out, *more, name="data", torchrun=False):
-    start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if torchrun else []
-    return command(*start, SCRIPT, "train", *SMALL, "--data", data / name, "--out", out, *more)
+    args = ["train", *SMALL, "--data", data / name, "--out", out, *more]
+    if not torchrun:
+        return command(SCRIPT, *args)
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", SCRIPT]
+    subprocess.run([*start, *map(str, args)], cwd=REPO, check=True, capture_output=True)
 
 
 @pytest.fixture(scope="session")
@@ -260,4 +273,6 @@ def test_generation_complaints(trained, tmp_path):
     assert "no/such-model" in complaint(*g, "--vlm", "no/such-model", "--out", tmp_path / "x.png")
     assert ".png" in complaint(*g, "--out", tmp_path / "x.gif")
     command(*g, "--size", "large", code=2)
+    shell = subprocess.run([sys.executable, SCRIPT, "generate", "--mini", "--image", "gone.png"], cwd=REPO, capture_output=True, text=True)
+    assert shell.returncode == 1 and "Traceback" not in shell.stderr and shell.stderr.splitlines()[-1].startswith("error: ")
     assert not (tmp_path / "x.png").exists()

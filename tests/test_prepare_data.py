@@ -357,7 +357,7 @@ def test_huge_pictures_are_shrunk_and_enormous_ones_refused():
 @pytest.mark.parametrize("error, code, line", [
     (UserError("do this"), 1, "error: do this"),
     (KeyboardInterrupt(), 130, "interrupted"),
-    (torch.OutOfMemoryError("CUDA out of memory."), 1, "use a smaller --batch"),
+    (torch.OutOfMemoryError("CUDA out of memory."), 1, "use a smaller --batch-size"),
     (OSError(28, "No space left on device", "x.json"), 1, "x.json: No space left on device. Free some space"),
     (PermissionError(13, "Permission denied", "/x"), 1, "/x: Permission denied. Choose a path"),
     (torch.distributed.DistNetworkError("... port: 29500 ... EADDRINUSE"), 1, "another --master-port"),

@@ -1,10 +1,15 @@
 """thinkdiff_lvlm.py: loss, frozen parts, resume and DDP through the command line; generation against the stock pipelines."""
 import contextlib
 import csv
+import importlib
 import io
 import json
+import os
 import random
+import re
+import shlex
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -276,3 +281,33 @@ def test_generation_complaints(trained, tmp_path):
     shell = subprocess.run([sys.executable, SCRIPT, "generate", "--mini", "--image", "gone.png"], cwd=REPO, capture_output=True, text=True)
     assert shell.returncode == 1 and "Traceback" not in shell.stderr and shell.stderr.splitlines()[-1].startswith("error: ")
     assert not (tmp_path / "x.png").exists()
+
+
+def test_a_port_in_use_is_one_line(data, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        env = {**os.environ, "RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1])}
+        done = subprocess.run([sys.executable, SCRIPT, "train", *SMALL, "--data", data / "data", "--out", tmp_path / "x"], cwd=REPO, env=env,
+                              capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr and "port is in use" in done.stderr
+
+
+# ---------------------------------------------------------------- README
+def readme_commands():
+    """[(script, arguments)] of all commands in the README's code blocks."""
+    blocks = re.findall(r"```bash\n(.*?)```", (REPO / "README.md").read_text(), flags=re.S)
+    parts = [shlex.split(part) for block in blocks for line in block.splitlines() for part in line.split("&&")]
+    return [(words[i], words[i + 1:]) for words in parts for i, word in enumerate(words) if word.endswith(".py")]
+
+
+@pytest.mark.parametrize("script, arguments", readme_commands(), ids=lambda value: value if isinstance(value, str) else value[0])
+def test_readme_commands_exist(script, arguments, monkeypatch):
+    """Every script, subcommand and flag of the README is accepted; the work itself is not done here."""
+    module, called = importlib.import_module(script.removesuffix(".py")), []
+    for name in ("train", "generate", "lvlm", "draw_data", "draw_cobsat", "draw_sheet", "check"):
+        if hasattr(module, name):
+            monkeypatch.setattr(module, name, called.append)
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    module.main()
+    assert len(called) == 1

@@ -9,6 +9,7 @@ x' lives where the outputs of T5's encoder live: T5's decoder reads it in traini
     aligner.save_pretrained("runs/lvlm/aligner")            # model.safetensors + config.json
     aligner = load_aligner("runs/lvlm/aligner")             # or "repo/name" on the hub, or the authors' thinkdiff_lvlm.pth
 """
+import contextlib
 import json
 import os
 
@@ -97,7 +98,8 @@ def load_aligner(path, d_vlm=None, d_t5=None):
         raise UserError(f"no aligner at {path}: train one with `python thinkdiff_lvlm.py train`, or give a folder, a hub name or a .pth file")
     else:
         try:
-            aligner = Aligner.from_pretrained(path, strict=True)
+            with contextlib.redirect_stdout(None):  # the mixin announces local folders
+                aligner = Aligner.from_pretrained(path, strict=True)
         except (TypeError, RuntimeError, json.JSONDecodeError, ValueError) as e:
             raise UserError(f"{path} does not hold an aligner of this project ({str(e).splitlines()[0][:120]})") from None
         except Exception as e:  # hub errors are of many kinds

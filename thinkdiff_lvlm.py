@@ -450,9 +450,13 @@ def generate(args):
         torch.manual_seed(args.seed)
         tokens, x, lengths = generate_with_features(vlm[0], inputs, args.max_new_tokens, ignore_eos=False, do_sample=args.temperature > 0,
                                                     temperature=args.temperature, top_p=args.top_p)
-        for c, y, x_c, n in zip(chunk, tokens, x, lengths.tolist()):
+        if args.features == "input":
+            x, lengths_x = prompt_features(vlm[0], inputs), [None] * len(chunk)
+        else:
+            lengths_x = lengths.tolist()
+        for c, y, n, x_c, n_x in zip(chunk, tokens, lengths.tolist(), x, lengths_x):
             c["words"] = vlm[1].tokenizer.decode(y[:n], skip_special_tokens=True).strip()
-            c["x"] = x_c[:n]  # (n, d_vlm)
+            c["x"] = x_c[:n_x]  # (n, d_vlm): the states from which the words were sampled, without the one that said EOS
             print(f"{c['out']}: {c['words']}")
     del vlm  # 16 GB at full size, before FLUX comes
 
@@ -559,6 +563,7 @@ def main():
     p.add_argument("--relay", action="store_true", help="baseline without aligner: the VLM's words through FLUX's own T5 encoder")
     p.add_argument("--vlm", default=MODELS["vlm"], help="Qwen2-VL path or hub name")
     p.add_argument("--aligner", default="runs/lvlm/aligner", help="folder, hub name, or the authors' thinkdiff_lvlm.pth")
+    p.add_argument("--features", choices=("generated", "input"), default="generated", help="input: for an aligner trained so (Table 3)")
     p.add_argument("--flux", default=MODELS["flux"], help="FLUX path or hub name")
     p.add_argument("--max-new-tokens", type=positive, default=128, help="longest answer of the VLM")
     p.add_argument("--temperature", type=float, default=0.0, help="of the VLM's sampling; 0: greedy")

@@ -31,11 +31,12 @@ WIDTH, LAYERS, HEADS = 128, 4, 4  # text model: heads of 32
 VISION_WIDTH, VISION_LAYERS = 96, 2
 PATCH, MERGE = 8, 2  # 64 px -> 8 x 8 patches -> 16 tokens
 PICTURE_TOKENS = 16
-PRETRAIN_STEPS, PRETRAIN_BATCH = 600, 64  # vision tower as a classifier first: the text model then has something to look at
+PRETRAIN_STEPS, PRETRAIN_BATCH = 1500, 64  # vision tower as a classifier first: the text model then has something to look at
 STEPS = 1600
-LOOKS = 48  # pictures a step that are only classified: cheap, and recognising nouns is the bottleneck
-BATCH = {"caption": 12, "two": 8, "four": 8, "judge": 8}  # samples a step, each group at its own length
-WEIGHT = {"caption": 0.35, "two": 0.225, "four": 0.225, "judge": 0.2}
+LOOKS = 32  # pictures a step that are only classified: cheap, and recognising nouns is the bottleneck
+BATCH = {"caption": 48, "two": 6, "four": 5, "judge": 12}  # samples a step, each group at its own length; captions teach to say what is seen
+LENGTHS = [24, 24, 40, 66]  # tokens of an answer; 66 as the pipeline generates 64
+WEIGHT = {"caption": 0.5, "two": 0.15, "four": 0.15, "judge": 0.2}
 LR, WARMUP = 2e-3, 60
 SAVE_SECONDS = 120
 
@@ -302,7 +303,7 @@ def train(build=ROOT / "build", out=ROOT / "mini/qwen2-vl", steps=STEPS):
         classify(kinds, see(model, augment(np.stack([store[k] for k in kinds]), rng.randrange(2 ** 32), 0.1, 0.2))).backward()
         if step >= PRETRAIN_STEPS:
             for task, count in BATCH.items():
-                length = rng.choice([40, 40, 40, 66])  # all answers of a group equally long: no padding; 66 as the pipeline generates 64
+                length = rng.choice(LENGTHS)  # all answers of a group equally long: no padding
                 if task == "caption":
                     samples = [caption_sample(encode, rng, length, end) for _ in range(count)]
                 elif task == "judge":

@@ -191,7 +191,15 @@ def test_tokens_only_trains_the_same_aligner(data, trained, tmp_path):
 
 def test_ablations_run(data, tmp_path):
     for more, name in ((["--masking", "none"], "data"), (["--norm", "none"], "data"), (["--features", "input"], "input")):
-        train(data, tmp_path / "-".join(more), "--steps", 2, *more, name=name)
+        train(data, tmp_path / "-".join(more), "--steps", 2, *more, name=name, torchrun=False)
+    command(SCRIPT, "generate", "--mini", "--aligner", tmp_path / "--features-input" / "aligner", "--features", "input", "--steps", 1,
+            "--out", tmp_path / "input.png")
+
+
+def test_pictures_drawn_during_training(data, tmp_path):
+    train(data, tmp_path / "x", "--steps", 4, "--sample-every", 2, "--sample-steps", 1)
+    first, second = (pixels(tmp_path / "x" / f"sample-000000{step}.png") for step in (2, 4))
+    assert first.shape == second.shape == (64, 4 * 64, 3) and (first != second).any()
 
 
 def test_training_complaints(data, trained, tmp_path):

@@ -139,7 +139,7 @@ def contexts(count, seed):
     return out
 
 
-def check_lvlm(aligner_path, count, seed=0, batch=50, steps=28):
+def check_lvlm(aligner_path, count, seed=0, batch=50, steps=28, guidance=3.0):
     """The whole chain on held-out contexts, judged by the mini CLIP (arg-max over ten nouns and ten values): {name: shares}.
 
     relay: the VLM's words through T5's encoder; thinkdiff: its features through the aligner. `of relay` is the share of the
@@ -169,7 +169,7 @@ def check_lvlm(aligner_path, count, seed=0, batch=50, steps=28):
         while order:
             same = [i for i in order[:batch] if len(embeds[i]) == len(embeds[order[0]])]
             order = order[len(same):]
-            for i, image in zip(same, t.draw(pipe, torch.stack([embeds[i] for i in same]), same, SIZE, steps, 3.5)):
+            for i, image in zip(same, t.draw(pipe, torch.stack([embeds[i] for i in same]), same, SIZE, steps, 3.5, guidance, 48)):
                 images[i] = image
             bar.update(len(same))
         seen = clip.judge(*judge, images, [kind[0] for _, kind in asked])

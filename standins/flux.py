@@ -53,6 +53,7 @@ def export(model_class, config, weights, folder):
 # ---------------------------------------------------------------- transformer: what it is trained on
 NOISE_SHARE, NOISE_MAX = 0.6, 1.0  # of the samples: Gaussian noise on the T5 output, sigma ~ U(0, NOISE_MAX) x its RMS; the aligner's features
 # are not exact either, and the transformer must read them all the same
+EMPTY = 0.1  # share of samples with the empty prompt as text, for `true_cfg_scale` guidance
 D_POOLED = 64  # width of the mini CLIP's text tower. Training feeds Gaussian noise for its pooled embedding (LayerNorm output, about unit
 # scale), so nothing is to be learned from it: all content comes from the T5 tokens, whatever pooled embedding is passed later
 
@@ -92,11 +93,14 @@ def prompts(rng, kinds, tokenizer):
     if style < 0.2:
         rows = tokenizer([caption(rng, *pair, create=rng.random() < 0.7, sentences=4) for pair in pairs], add_special_tokens=False).input_ids
         length = min(rng.choice([16, 24, 32]), min(map(len, rows)))
-        return torch.tensor([row[:length] for row in rows])
+        empty = [tokenizer.eos_token_id] + [tokenizer.pad_token_id] * (length - 1)
+        return torch.tensor([empty if rng.random() < EMPTY else row[:length] for row in rows])
     texts = []
     for pair in pairs:
         u = rng.random()
-        if u < 0.7:
+        if rng.random() < EMPTY:
+            texts.append("")
+        elif u < 0.7:
             texts.append(caption(rng, *pair, create=rng.random() < 0.5, sentences=1 if style < 0.8 else rng.choice([1, 2])))
         else:
             texts.append(label(*pair) if u < 0.8 else noun_phrase(rng, *pair) if u < 0.9 else sentence(rng, *pair))
@@ -145,6 +149,41 @@ def held_out_loss(transformer, held, tokenizer, encoder):
     return sum(losses) / len(losses)
 
 
+# ---------------------------------------------------------------- transformer: optimiser
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024) in fp32 and on stacks of matrices of one shape; torch.optim.Muon works in bf16, which is slow on CPUs."""
+
+    def __init__(self, params, lr, momentum=0.95, weight_decay=0.0):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            shapes = {}
+            for p in (p for p in group["params"] if p.grad is not None):
+                shapes.setdefault((len(p), p[0].numel()), []).append(p)
+            for shape, params in shapes.items():
+                for p in params:
+                    self.state[p].setdefault("momentum", torch.zeros_like(p)).lerp_(p.grad, 1 - group["momentum"])
+                x = torch.stack([torch.lerp(p.grad, self.state[p]["momentum"], group["momentum"]).flatten(1) for p in params])  # Nesterov
+                x = x.mT if shape[0] > shape[1] else x
+                x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+                for _ in range(5):  # Newton-Schulz: all singular values towards 1
+                    a = x @ x.mT
+                    x = torch.baddbmm(x, torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+                x = x.mT if shape[0] > shape[1] else x
+                for p, update in zip(params, x):
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update.view_as(p), alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)  # AdamW's RMS
+
+
+def optimizers_for(transformer, lr):
+    """Muon for the matrices inside the blocks, AdamW for the rest."""
+    hidden = [p for n, p in transformer.named_parameters() if p.ndim == 2 and "blocks." in n]
+    inside = set(map(id, hidden))
+    rest = [p for p in transformer.parameters() if id(p) not in inside]
+    return [torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.0, foreach=True), Muon(hidden, lr=lr)]
+
+
 # ---------------------------------------------------------------- transformer: training
 HEADS, DOUBLE, SINGLE = 4, 2, 4  # 32 numbers a head
 FLUX_BATCH, FLUX_LR, FLUX_WARMUP, FLUX_DECAY, FLUX_EMA, FLUX_MINUTES = 32, 1.5e-3, 100, 0.25, 0.998, 70
@@ -175,12 +214,12 @@ def train_flux(build, mini, minutes=FLUX_MINUTES, steps=None, seed=0, batch=None
     torch.manual_seed(seed)
     transformer = new_flux(encoder.config.d_model, D_POOLED, heads, double, single)
     ema = {key: value.clone() for key, value in transformer.state_dict().items()}
-    optimizers = [torch.optim.AdamW(transformer.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.0, foreach=True)]
+    optimizers = optimizers_for(transformer, lr)
     params, step, spent, state_path = list(transformer.parameters()), 0, 0.0, build / f"{name}.pt"
     if state_path.exists():
         state = torch.load(state_path, weights_only=True)
         transformer.load_state_dict(state["model"])
-        for one, saved_one in zip(optimizers, state["optimizers"], strict=True):
+        for one, saved_one in zip(optimizers, state.get("optimizers", ())):
             one.load_state_dict(saved_one)
         ema, step, spent = state["ema"], state["step"], state["seconds"]
     average = new_flux(encoder.config.d_model, D_POOLED, heads, double, single).eval()  # holds the averaged weights for the held-out loss
@@ -267,7 +306,7 @@ def assemble(build, mini):
 
 # ---------------------------------------------------------------- evaluation
 @torch.no_grad()
-def evaluate_flux(pipe, judge, count=200, steps=28, seed=0, length=48, sheet=None):
+def evaluate_flux(pipe, judge, count=200, steps=28, seed=0, length=48, guidance=3.0, sheet=None):
     """Draws `count` random kinds from true captions; -> {detail: [noun right, value right, both right, n]}, with "all".
 
     judge(PIL images, details) -> [(value, noun)]; the content comes through T5 alone (CLIP sees the empty prompt).
@@ -279,6 +318,7 @@ def evaluate_flux(pipe, judge, count=200, steps=28, seed=0, length=48, sheet=Non
         pairs = [PAIRS[kind] for kind in kinds[part:part + 50]]
         texts = [caption(rng, *pair, create=True) for pair in pairs]
         images = pipe(prompt=[""] * len(pairs), prompt_2=texts, height=64, width=64, num_inference_steps=steps, max_sequence_length=length,
+                      negative_prompt=[""] * len(pairs), true_cfg_scale=guidance,
                       generator=torch.Generator().manual_seed(seed + part)).images
         for pair, image, (value, noun) in zip(pairs, images, judge(images, [pair[0] for pair in pairs])):
             right = np.array([noun == pair[2], value == pair[1], (value, noun) == pair[1:], 1])

@@ -244,12 +244,12 @@ def test_generate_equals_stock_vlm_hand_made_aligner_and_stock_flux(trained, tmp
         pipe = FluxPipeline.from_pretrained(MINI["flux"])
         pipe.set_progress_bar_config(disable=True)
         _, pooled, _ = pipe.encode_prompt("", None)
-        expected = pipe(prompt_embeds=prompt, pooled_prompt_embeds=pooled, height=64, width=64, num_inference_steps=4,
-                        generator=torch.Generator().manual_seed(7)).images[0]
+        expected = pipe(prompt_embeds=prompt, pooled_prompt_embeds=pooled, height=64, width=64, num_inference_steps=4, negative_prompt="",
+                        true_cfg_scale=3, max_sequence_length=48, generator=torch.Generator().manual_seed(7)).images[0]
     assert words in out
     assert abs(pixels(tmp_path / "x.png") - np.asarray(expected).astype(int)).max() <= 1
 
-    command(SCRIPT, "generate", "--mini", "--relay", "--steps", 4, "--seed", 7, "--out", tmp_path / "relay.png")  # the default context is the same
+    command(SCRIPT, "generate", "--mini", "--relay", "--steps", 4, "--seed", 7, "--true-cfg", 1, "--out", tmp_path / "relay.png")  # the default context is the same
     with torch.no_grad():
         relay = pipe(prompt="", prompt_2=words, max_sequence_length=48, height=64, width=64, num_inference_steps=4,
                      generator=torch.Generator().manual_seed(7)).images[0]

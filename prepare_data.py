@@ -2,7 +2,7 @@
 
 Miniature, one process:
     python prepare_data.py lvlm --mini --images data/mini --out data/mini-lvlm
-Full size, 4 GPUs, a random 1.7 M of the pictures in WebDataset tars and a folder (780 GB of features, or 218 MB with --tokens-only):
+Full size, 4 GPUs, a random 1.7 M of the pictures in WebDataset tars and a folder (780 GB of features, or 0.44 GB of tokens with --tokens-only):
     torchrun --nproc_per_node 4 prepare_data.py lvlm --images '/data/cc3m/{00000..00331}.tar' /data/sbu --count 1700000 --out data/lvlm
 
 Started again after a kill, with any number of processes, it goes on where it stopped. What it leaves in --out:

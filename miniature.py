@@ -169,7 +169,7 @@ def check_lvlm(aligner_path, count, seed=0, batch=50, steps=28, guidance=3.0):
         while order:
             same = [i for i in order[:batch] if len(embeds[i]) == len(embeds[order[0]])]
             order = order[len(same):]
-            for i, image in zip(same, t.draw(pipe, torch.stack([embeds[i] for i in same]), same, SIZE, steps, 3.5, guidance, 48)):
+            for i, image in zip(same, t.draw(pipe, torch.stack([embeds[i] for i in same]), same, SIZE, steps, 3.5, guidance)):
                 images[i] = image
             bar.update(len(same))
         seen = clip.judge(*judge, images, [kind[0] for _, kind in asked])

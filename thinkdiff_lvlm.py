@@ -357,18 +357,18 @@ def load_flux(path, device, dtype, t5_encoder=False):
 
 
 @torch.no_grad()
-def draw(pipe, prompt_embeds, seeds, size, steps, guidance, true_cfg=1.0, t5_length=512):
+def draw(pipe, prompt_embeds, seeds, size, steps, guidance, true_cfg=1.0):
     """Pictures from prompt embeddings: prompt_embeds (B, N, d_t5), all of one length since FLUX has no text mask.
 
     The pooled CLIP embedding is that of the empty prompt: all content comes from prompt_embeds. One seed a picture, so that
     a picture does not depend on the batch it was drawn in. true_cfg > 1: classifier-free guidance away from the empty prompt
-    (t5_length T5 tokens; the pipeline then needs its T5 encoder). Returns B PIL images of size x size px."""
+    (padded to N T5 tokens; the pipeline then needs its T5 encoder). Returns B PIL images of size x size px."""
     ids = pipe.tokenizer("", padding="max_length", max_length=pipe.tokenizer_max_length, return_tensors="pt").input_ids
     pooled = pipe.text_encoder(ids.to(pipe.device)).pooler_output.expand(len(prompt_embeds), -1)  # (B, d_clip)
     prompt_embeds, pooled = prompt_embeds.to(pipe.transformer.dtype), pooled.to(pipe.transformer.dtype)
     away = {}
     if true_cfg > 1:
-        empty = relay_embeds(pipe, [""], t5_length).expand(len(prompt_embeds), -1, -1)  # (B, t5_length, d_t5)
+        empty = relay_embeds(pipe, [""], prompt_embeds.shape[1]).expand_as(prompt_embeds)  # (B, N, d_t5)
         away = {"true_cfg_scale": true_cfg, "negative_prompt_embeds": empty, "negative_pooled_prompt_embeds": pooled}
     return pipe(prompt_embeds=prompt_embeds, pooled_prompt_embeds=pooled, height=size, width=size, num_inference_steps=steps,
                 guidance_scale=guidance, generator=[torch.Generator().manual_seed(s) for s in seeds], **away).images
@@ -479,7 +479,7 @@ def generate(args):
         same = [job for job in jobs[:args.batch_size] if len(job[0]) == len(jobs[0][0])]
         jobs = jobs[len(same):]
         images = draw(pipe, torch.stack([job[0] for job in same]), [job[1] for job in same], args.size, args.steps, args.guidance,
-                      args.true_cfg, args.t5_length)
+                      args.true_cfg)
         for image, (_, seed, name, c) in zip(images, same):
             note = PngInfo()
             note.add_text("thinkdiff", json.dumps({"words": c["words"], "seed": seed, "relay": args.relay, "aligner": str(args.aligner)}))
@@ -582,7 +582,7 @@ def main():
     p.add_argument("--size", type=positive, default=512, help="px")
     p.add_argument("--num-images", type=positive, default=1, help="pictures a context, with seeds counting up")
     p.add_argument("--batch-size", type=positive, default=1, help="contexts and pictures computed together")
-    p.add_argument("--t5-length", type=positive, default=512, help="T5 tokens to which --relay pads the words, and --true-cfg the empty prompt")
+    p.add_argument("--t5-length", type=positive, default=512, help="only for --relay: T5 tokens the words are padded to")
     mini_flag(p, vlm=MINI["vlm"], flux=MINI["flux"], aligner=MINI["aligner"], size=64, true_cfg=3.0, batch_size=32, t5_length=48, example=example)
 
     args = parser.parse_args()

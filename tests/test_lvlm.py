@@ -243,9 +243,9 @@ def test_generate_equals_stock_vlm_hand_made_aligner_and_stock_flux(trained, tmp
         prompt = Aligner.from_pretrained(trained / "aligner")(x[:-1])[None]
         pipe = FluxPipeline.from_pretrained(MINI["flux"])
         pipe.set_progress_bar_config(disable=True)
-        _, pooled, _ = pipe.encode_prompt("", None)
-        expected = pipe(prompt_embeds=prompt, pooled_prompt_embeds=pooled, height=64, width=64, num_inference_steps=4, negative_prompt="",
-                        true_cfg_scale=3, max_sequence_length=48, generator=torch.Generator().manual_seed(7)).images[0]
+        empty, pooled, _ = pipe.encode_prompt("", None, max_sequence_length=prompt.shape[1])
+        expected = pipe(prompt_embeds=prompt, pooled_prompt_embeds=pooled, height=64, width=64, num_inference_steps=4, true_cfg_scale=3,
+                        negative_prompt_embeds=empty, negative_pooled_prompt_embeds=pooled, generator=torch.Generator().manual_seed(7)).images[0]
     assert words in out
     assert abs(pixels(tmp_path / "x.png") - np.asarray(expected).astype(int)).max() <= 1
 

@@ -160,7 +160,8 @@ def test_training_writes_what_it_promises(trained):
 
 def test_killed_and_resumed_is_bit_identical(data, trained, tmp_path):
     out = tmp_path / "killed"
-    process = subprocess.Popen([sys.executable, SCRIPT, "train", *SMALL, "--data", data / "data", "--out", out, "--steps", "8", "--save-every", "4"],
+    process = subprocess.Popen([sys.executable, SCRIPT, "train", *SMALL, "--data", data / "data", "--out", out, "--steps", "8", "--save-every", "4",
+                                "--sample-every", "1", "--sample-steps", "2"],  # pictures slow it down enough to be killed in time
                                cwd=REPO, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     while not (out / "checkpoint-0000004").exists():
         assert process.poll() is None

@@ -71,7 +71,7 @@ def read_released(path):
     if not isinstance(model, dict):
         raise UserError(f"{path} has no entry 'model': it is not a released ThinkDiff checkpoint")
     model = {k.removeprefix("module."): v for k, v in model.items()}  # DDP's prefix
-    if missing_or_extra := RELEASED_KEYS ^ model.keys():
+    if model.keys() != RELEASED_KEYS:
         missing, extra = sorted(RELEASED_KEYS - model.keys()), sorted(model.keys() - RELEASED_KEYS)
         raise UserError(f"{path} is not a released ThinkDiff aligner: "
                         + "; ".join(f"{what} {', '.join(keys[:5])}" for what, keys in (("missing", missing), ("unexpected", extra)) if keys))

@@ -1,4 +1,5 @@
 """What every script shares: model paths, one clear line per user error, pictures of any kind, files that are never half written."""
+import argparse
 import contextlib
 import errno
 import io
@@ -26,6 +27,14 @@ def mini_flag(parser, **defaults):
     parser.add_argument("--mini", action="store_true", help="use the miniature's models (with --help: show its defaults)")
     if "--mini" in sys.argv[1:]:
         parser.set_defaults(**defaults)
+
+
+def positive(text):
+    """An argparse type: a whole number above 0."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is below 1")
+    return number
 
 
 def pretrained(cls, path, **kwargs):

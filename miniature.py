@@ -24,7 +24,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from common import MINI, REPO, UserError, run, write_atomically, write_json
+from common import MINI, REPO, UserError, positive, run, write_atomically, write_json
 from world import DETAILS, NOUNS, PAIRS, SIZE, caption, draw, shown
 
 TAR_SIZE = 1000  # samples a tar
@@ -145,7 +145,6 @@ def check_lvlm(aligner_path, count, seed=0, batch=50, steps=28, guidance=3.0):
     relay: the VLM's words through T5's encoder; thinkdiff: its features through the aligner. `of relay` is the share of the
     relay's right pictures that ThinkDiff draws right too."""
     import torch
-    from diffusers import FluxPipeline
     import thinkdiff_lvlm as t
     from aligner import load_aligner
     from prepare_data import encode_messages, generate_with_features, load_vlm
@@ -164,12 +163,10 @@ def check_lvlm(aligner_path, count, seed=0, batch=50, steps=28, guidance=3.0):
     judge = clip.load(REPO / "mini")
     right = {"vlm": [vlm_check.said(text, *kind) for text, (_, kind) in zip(words, asked)]}
     for name, embeds in (("relay", relayed), ("thinkdiff", prompts)):
-        images, order = [None] * count, sorted(range(count), key=lambda i: len(embeds[i]))  # equal lengths together: FLUX has no mask
-        bar = tqdm(total=count, desc=f"drawing {name}")
-        while order:
-            same = [i for i in order[:batch] if len(embeds[i]) == len(embeds[order[0]])]
-            order = order[len(same):]
-            for i, image in zip(same, t.draw(pipe, torch.stack([embeds[i] for i in same]), same, SIZE, steps, 3.5, guidance)):
+        images, bar = [None] * count, tqdm(total=count, desc=f"drawing {name}")
+        for same in t.equal_lengths(list(zip(embeds, range(count))), batch):
+            seeds = [i for _, i in same]
+            for i, image in zip(seeds, t.draw(pipe, torch.stack([e for e, _ in same]), seeds, SIZE, steps, 3.5, guidance)):
                 images[i] = image
             bar.update(len(same))
         seen = clip.judge(*judge, images, [kind[0] for _, kind in asked])
@@ -193,7 +190,7 @@ def main():
     shown = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter}
     p = commands.add_parser("draw", help="picture-caption tars", **shown)
     p.add_argument("--out", default="data/mini", help="folder for the tars")
-    p.add_argument("--count", type=int, default=20000, help="pictures")
+    p.add_argument("--count", type=positive, default=20000, help="pictures")
     p.add_argument("--seed", type=int, default=0)
     p.set_defaults(run=draw_data)
     p = commands.add_parser("cobsat", help="the 500 pictures in CoBSAT's layout", **shown)
@@ -209,7 +206,7 @@ def main():
     p.add_argument("parts", nargs="*", choices=("t5", "clip", "vlm", "flux", "lvlm"), metavar="PART",
                    help="t5, clip, vlm, flux, or lvlm for the whole chain (none: all)")
     p.add_argument("--aligner", default=MINI["aligner"], help="for lvlm")
-    p.add_argument("--count", type=int, default=500, help="questions or pictures of each sort")
+    p.add_argument("--count", type=positive, default=500, help="questions or pictures of each sort")
     p.add_argument("--json", help="also write the figures to this file")
     p.set_defaults(run=check)
     args = parser.parse_args()

@@ -35,7 +35,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoConfig, AutoProcessor, LogitsProcessorList, Qwen2VLForConditionalGeneration
 
-from common import (MINI, MODELS, UserError, mini_flag, open_image, pick_device, pretrained, run, torchrun_ranks, write_atomically,
+from common import (MINI, MODELS, UserError, mini_flag, open_image, pick_device, positive, pretrained, run, torchrun_ranks, write_atomically,
                     write_json)
 
 PROMPTS = [  # appendix B of the paper
@@ -405,13 +405,6 @@ def main():
     if not args.temperature > 0 or not 0 < args.top_p <= 1:
         p.error("--temperature must be above 0 and --top-p in (0, 1]")
     args.command(args)
-
-
-def positive(text):
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is below 1")
-    return number
 
 
 if __name__ == "__main__":

@@ -39,7 +39,8 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, T5ForConditionalGeneration
 
 from aligner import NORMS, Aligner, load_aligner
-from common import MINI, MODELS, REPO, UserError, mini_flag, open_image, pick_device, pretrained, run, torchrun_ranks, write_atomically
+from common import (MINI, MODELS, REPO, UserError, mini_flag, open_image, pick_device, positive, pretrained, run, torchrun_ranks,
+                    write_atomically)
 from prepare_data import (Sample, caption_messages, encode_messages, generate_with_features, load_picture, load_vlm, prompt_features,
                           read_shards, teacher_forced_features)
 
@@ -225,14 +226,14 @@ def train(args):
     if data.meta["features"] != args.features:
         raise UserError(f"{args.data} holds features of {data.meta['features']} tokens: pass --features {data.meta['features']}, or prepare other data")
     n_held_out = min(args.held_out, len(data) // 10)
-    n_train = len(data) - n_held_out  # the last samples in key order are held out
+    n_train = len(data) - n_held_out  # the last in the order of the plan are held out
     if n_train < 1 or n_held_out < 1:
         raise UserError(f"{args.data} holds only {len(data)} samples: training needs at least 10, one of them held out")
     if (n_tokens := data.meta["tokens"]) < 2 and args.masking == "random":
         raise UserError(f"the samples of {args.data} have {n_tokens} token: a random split needs at least 2; prepare longer ones or use --masking none")
     out = Path(args.out)
     if rank == 0:
-        if not args.resume and any(out.glob("checkpoint-*")):
+        if not args.resume and (any(out.glob("checkpoint-*")) or (out / "aligner").exists()):
             raise UserError(f"{out} already holds a training run: add --resume to go on, or choose another --out")
         out.mkdir(parents=True, exist_ok=True)
     if world > 1:
@@ -358,7 +359,7 @@ def load_flux(path, device, dtype, t5_encoder=False):
 
 @torch.no_grad()
 def draw(pipe, prompt_embeds, seeds, size, steps, guidance, true_cfg=1.0):
-    """Pictures from prompt embeddings: prompt_embeds (B, N, d_t5), all of one length since FLUX has no text mask.
+    """Pictures from prompt embeddings: prompt_embeds (B, N, d_t5).
 
     The pooled CLIP embedding is that of the empty prompt: all content comes from prompt_embeds. One seed a picture, so that
     a picture does not depend on the batch it was drawn in. true_cfg > 1: classifier-free guidance away from the empty prompt
@@ -374,6 +375,15 @@ def draw(pipe, prompt_embeds, seeds, size, steps, guidance, true_cfg=1.0):
                 guidance_scale=guidance, generator=[torch.Generator().manual_seed(s) for s in seeds], **away).images
 
 
+def equal_lengths(jobs, size):
+    """Yields batches of at most `size` jobs whose prompts, their first items, are equally long: FLUX has no text mask."""
+    jobs = sorted(jobs, key=lambda job: len(job[0]))
+    while jobs:
+        same = [job for job in jobs[:size] if len(job[0]) == len(jobs[0][0])]
+        yield same
+        jobs = jobs[len(same):]
+
+
 @torch.no_grad()
 def relay_embeds(pipe, texts, max_length):
     """The plain baseline: the VLM's words through FLUX's own T5 encoder, as the stock pipeline does it. (B, max_length, d_t5)"""
@@ -387,9 +397,9 @@ def context_message(parts, instruction):
 
 
 def read_contexts(args):
-    """The contexts to draw: [{"parts", "instruction", "out", "seed"}], from --batch or from the command line, and what was skipped.
+    """The contexts to draw: [{"parts", "instruction", "out", "names", "seed"}], from --batch or from the command line, and what was skipped.
 
-    Pictures are opened here, before any model is loaded."""
+    Pictures are opened and output names checked here, before any model is loaded."""
     if args.batch:
         try:
             lines = [line for line in Path(args.batch).read_text().splitlines() if line.strip()]
@@ -406,9 +416,13 @@ def read_contexts(args):
                 item, folder = json.loads(line), Path(args.batch).parent
                 typed = [(kind, value) for part in item["context"] for kind, value in part.items()]
             parts = [(kind, open_image(folder / value) if kind == "image" else str(value)) for kind, value in typed]
-            out = Path(item.get("out", args.out) if not args.batch else item.get("out") or Path(args.out) / f"{number:05d}.png")
-            contexts.append({"parts": parts, "instruction": item.get("instruction", args.instruction), "out": out, "seed": item.get("seed", args.seed)})
-        except (UserError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as e:
+            out = Path(item.get("out") or (args.out / f"{number:05d}.png" if args.batch else args.out))
+            names = output_names(out, args)
+            if taken := [name for c in contexts for name in c["names"] if name in names]:
+                raise UserError(f"{taken[0]} is the picture of an earlier line")
+            contexts.append({"parts": parts, "instruction": item.get("instruction", args.instruction), "out": out, "names": names,
+                             "seed": int(item.get("seed", args.seed))})
+        except (UserError, KeyError, TypeError, ValueError, AttributeError) as e:
             if line is None:
                 raise
             reason = e if isinstance(e, UserError) else 'not a line like {"context": [{"text": "..."}, {"image": "a.png"}], "out": "b.png"}'
@@ -416,9 +430,8 @@ def read_contexts(args):
     return contexts, skipped
 
 
-def output_names(context, args):
+def output_names(out, args):
     """One file name for each of --num-images pictures; a UserError if one cannot be written or would overwrite something."""
-    out = context["out"]
     names = [out] if args.num_images == 1 else [out.with_name(f"{out.stem}-{k + 1}{out.suffix}") for k in range(args.num_images)]
     for name in names:
         if name.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
@@ -441,27 +454,26 @@ def generate(args):
         free = (Path("outputs") / f"{k:04d}.png" for k in range(1, 10000))
         args.out = Path("outputs") if args.batch else next(name for name in free if not name.exists())
     contexts, skipped = read_contexts(args)
-    for context in contexts:
-        context["names"] = output_names(context, args)
+    for line in skipped:
+        print(f"skipped {line}", file=sys.stderr)
+    if not contexts:
+        raise UserError(f"{args.batch} holds no context that can be drawn")
     device, dtype = pick_device()
     config = pretrained(AutoConfig, args.vlm)
     if not args.relay:
-        aligner = load_aligner(args.aligner, d_vlm=getattr(config, "text_config", config).hidden_size).to(device, dtype)
+        aligner = load_aligner(args.aligner, d_vlm=config.get_text_config().hidden_size).to(device, dtype)
 
     vlm = load_vlm(args.vlm, device, dtype)
     for at in tqdm(range(0, len(contexts), args.batch_size), "think", disable=len(contexts) == 1):
         chunk = contexts[at:at + args.batch_size]
         inputs = encode_messages(vlm[1], [context_message(c["parts"], c["instruction"]) for c in chunk]).to(device)
-        torch.manual_seed(args.seed)
         tokens, x, lengths = generate_with_features(vlm[0], inputs, args.max_new_tokens, ignore_eos=False, do_sample=args.temperature > 0,
-                                                    temperature=args.temperature, top_p=args.top_p)
+                                                    temperature=args.temperature, top_p=args.top_p, seeds=[c["seed"] for c in chunk])
+        x = [x_c[:n] for x_c, n in zip(x, lengths)]  # B x (n, d_vlm): without the state that said EOS
         if args.features == "input":
-            x, lengths_x = prompt_features(vlm[0], inputs), [None] * len(chunk)
-        else:
-            lengths_x = lengths.tolist()
-        for c, y, n, x_c, n_x in zip(chunk, tokens, lengths.tolist(), x, lengths_x):
-            c["words"] = vlm[1].tokenizer.decode(y[:n], skip_special_tokens=True).strip()
-            c["x"] = x_c[:n_x]  # (n, d_vlm): the states from which the words were sampled, without the one that said EOS
+            x = prompt_features(vlm[0], inputs)
+        for c, x_c, y, n in zip(chunk, x, tokens, lengths):
+            c["x"], c["words"] = x_c, vlm[1].tokenizer.decode(y[:n], skip_special_tokens=True).strip()
             print(f"{c['out']}: {c['words']}")
     del vlm  # 16 GB at full size, before FLUX comes
 
@@ -473,11 +485,8 @@ def generate(args):
         with torch.no_grad():
             prompt = relay_embeds(pipe, [c["words"]], args.t5_length)[0] if args.relay else aligner(c["x"][None])[0]
         jobs += [(prompt, c["seed"] + k, name, c) for k, name in enumerate(c["names"])]
-    jobs.sort(key=lambda job: len(job[0]))  # equal lengths together
     bar = tqdm(total=len(jobs), desc="draw", unit="picture", disable=len(jobs) == 1)
-    while jobs:
-        same = [job for job in jobs[:args.batch_size] if len(job[0]) == len(jobs[0][0])]
-        jobs = jobs[len(same):]
+    for same in equal_lengths(jobs, args.batch_size):
         images = draw(pipe, torch.stack([job[0] for job in same]), [job[1] for job in same], args.size, args.steps, args.guidance,
                       args.true_cfg)
         for image, (_, seed, name, c) in zip(images, same):
@@ -487,8 +496,6 @@ def generate(args):
             write_atomically(name, lambda f: image.save(f, {".png": "PNG", ".webp": "WEBP"}.get(name.suffix.lower(), "JPEG"), **options))
             bar.update()
     bar.close()
-    for line in skipped:
-        print(f"skipped {line}", file=sys.stderr)
     if args.batch:
         print(f"drew {sum(len(c['names']) for c in contexts)} pictures, skipped {len(skipped)} lines of {args.batch}")
     else:
@@ -509,13 +516,6 @@ class Interleave(argparse.Action):
 
     def __call__(self, parser, namespace, value, option_string=None):
         namespace.typed = namespace.typed + [(self.dest, value)]
-
-
-def positive(text):
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return number
 
 
 def main():
@@ -553,7 +553,7 @@ def main():
     p.add_argument("--flux", default=MODELS["flux"], help="only for --sample-every")
     p.add_argument("--size", type=positive, default=512, help="only for --sample-every: px")
     p.add_argument("--seed", type=int, default=0, help="of initialisation, order of samples and split points")
-    # a world of 70 words is learned in far fewer steps than English, at a higher rate
+    # a world of 200 words is learned in far fewer steps than English, at a higher rate
     mini_flag(p, vlm=MINI["vlm"], t5=MINI["t5"], flux=MINI["flux"], data="data/mini-lvlm", out="runs/mini-lvlm", steps=1500, batch_size=64, micro_batch=64,
               lr=2e-3, lr_end=2e-4, lr_horizon=1500, warmup=50, eval_every=100, save_every=100, size=64)
 

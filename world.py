@@ -8,7 +8,6 @@ Ten objects and ten animals, each combined with ten values of one of five detail
     caption(random.Random(0), "color", "white", "car")      # "A picture of a white car. The car is white. ..."
 """
 import math
-import random
 import re
 
 import numpy as np

@@ -14,14 +14,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
-from standins.pictures import PER_KIND, held_out, pictures, save_state
+from standins.pictures import PER_KIND, held_out, pictures, publish, save_state
 from standins.vae import LATENT, contact_sheet, quiet_config, to_tensor
-from world import CREATE, DETAILS, NOUNS, PAIRS, caption, label, noun_phrase, sentence
+from world import DETAILS, PAIRS, caption, label, noun_phrase, sentence
 
 ROOT = Path(__file__).resolve().parent.parent
 SAVE_SECONDS = 120
@@ -39,15 +38,12 @@ def update_ema(ema, model, step, most):
 
 
 def export(model_class, config, weights, folder):
-    """Writes a diffusers model with these weights, in fp16, file by file: a reader finds each file whole."""
+    """Writes a diffusers model with these weights, in fp16."""
     model = model_class.from_config({key: value for key, value in config.items() if not key.startswith("_")})
     model.load_state_dict(weights)
     fresh = folder.with_name(f".{folder.name}.{os.getpid()}")
     model.half().save_pretrained(fresh)
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in fresh.iterdir():
-        os.replace(file, folder / file.name)
-    fresh.rmdir()
+    publish(fresh, folder)
 
 
 # ---------------------------------------------------------------- transformer: what it is trained on
@@ -56,8 +52,6 @@ NOISE_SHARE, NOISE_MAX = 0.6, 1.0  # of the samples: Gaussian noise on the T5 ou
 EMPTY = 0.1  # share of samples with the empty prompt as text, for `true_cfg_scale` guidance
 D_POOLED = 64  # width of the mini CLIP's text tower. Training feeds Gaussian noise for its pooled embedding (LayerNorm output, about unit
 # scale), so nothing is to be learned from it: all content comes from the T5 tokens, whatever pooled embedding is passed later
-
-
 SIDE = 8  # packed latents: 8 x 8 tokens
 
 
@@ -189,20 +183,18 @@ HEADS, DOUBLE, SINGLE = 4, 2, 4  # 32 numbers a head
 FLUX_BATCH, FLUX_LR, FLUX_WARMUP, FLUX_DECAY, FLUX_EMA, FLUX_MINUTES = 32, 1.5e-3, 100, 0.25, 0.998, 70
 
 
-def new_flux(d_text, d_pooled, heads=HEADS, double=DOUBLE, single=SINGLE):
+def new_flux(d_text):
     return FluxTransformer2DModel(
-        in_channels=4 * LATENT, num_layers=double, num_single_layers=single, attention_head_dim=32, num_attention_heads=heads,
-        joint_attention_dim=d_text, pooled_projection_dim=d_pooled, guidance_embeds=False, axes_dims_rope=(8, 12, 12))
+        in_channels=4 * LATENT, num_layers=DOUBLE, num_single_layers=SINGLE, attention_head_dim=32, num_attention_heads=HEADS,
+        joint_attention_dim=d_text, pooled_projection_dim=D_POOLED, guidance_embeds=False, axes_dims_rope=(8, 12, 12))
 
 
-def train_flux(build, mini, minutes=FLUX_MINUTES, steps=None, seed=0, batch=None, lr=FLUX_LR, name="flux",
-               heads=HEADS, double=DOUBLE, single=SINGLE):
-    """Trains the transformer for `minutes` of wall time or `steps` in all; exports the averaged weights to build/NAME at every save.
+def train_flux(build, mini, minutes=FLUX_MINUTES, seed=0):
+    """Trains the transformer for `minutes` of wall time in all; exports the averaged weights to build/flux at every save.
 
-    Under torchrun each process takes its share of the batch and the gradients are averaged (gloo). State: build/NAME.pt.
+    Under torchrun each process adds a batch of its own and the gradients are averaged (gloo). State: build/flux.pt.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    batch = batch or FLUX_BATCH * world_size
     if world_size > 1:
         torch.distributed.init_process_group("gloo")
     if rank == 0:
@@ -212,42 +204,41 @@ def train_flux(build, mini, minutes=FLUX_MINUTES, steps=None, seed=0, batch=None
     latents, held = cached_latents(build)
     tokenizer, encoder = load_t5(mini)
     torch.manual_seed(seed)
-    transformer = new_flux(encoder.config.d_model, D_POOLED, heads, double, single)
+    transformer = new_flux(encoder.config.d_model)
     ema = {key: value.clone() for key, value in transformer.state_dict().items()}
-    optimizers = optimizers_for(transformer, lr)
-    params, step, spent, state_path = list(transformer.parameters()), 0, 0.0, build / f"{name}.pt"
+    optimizers = optimizers_for(transformer, FLUX_LR)
+    params, step, spent, state_path = list(transformer.parameters()), 0, 0.0, build / "flux.pt"
     if state_path.exists():
         state = torch.load(state_path, weights_only=True)
         transformer.load_state_dict(state["model"])
-        for one, saved_one in zip(optimizers, state.get("optimizers", ())):
+        for one, saved_one in zip(optimizers, state["optimizers"], strict=True):
             one.load_state_dict(saved_one)
         ema, step, spent = state["ema"], state["step"], state["seconds"]
-    average = new_flux(encoder.config.d_model, D_POOLED, heads, double, single).eval()  # holds the averaged weights for the held-out loss
+    average = new_flux(encoder.config.d_model).eval()  # holds the averaged weights for the held-out loss
 
     def save():
         average.load_state_dict(ema)
-        export(FluxTransformer2DModel, transformer.config, ema, build / name)
+        export(FluxTransformer2DModel, transformer.config, ema, build / "flux")
         save_state(state_path, dict(model=transformer.state_dict(), optimizers=[one.state_dict() for one in optimizers], ema=ema, step=step, seconds=spent))
         loss = held_out_loss(average, held, tokenizer, encoder)
-        with open(build / f"{name}.jsonl", "a") as log:
+        with open(build / "flux.jsonl", "a") as log:
             log.write(json.dumps(dict(step=step, minutes=round(spent / 60, 2), loss=round(shown_loss, 4), held_out=round(loss, 4))) + "\n")
         return loss
 
     began = saved = time.time()
     began -= spent
-    total = steps or round(minutes * 60)
-    bar = tqdm(total=total, initial=step if steps else round(spent), desc=name, unit="step" if steps else "s", mininterval=5, disable=rank > 0)
-    shown_loss, held_loss, share = None, float("nan"), batch // world_size
-    progress = step / steps if steps else spent / total
+    total = round(minutes * 60)  # s
+    bar = tqdm(total=total, initial=round(spent), desc="flux", unit="s", mininterval=5, disable=rank > 0)
+    shown_loss, held_loss, progress = None, float("nan"), spent / total
     while progress < 1:
         rng, generator = random.Random(f"{seed}-{step}-{rank}"), torch.Generator().manual_seed(seed * 10 ** 9 + step * 100 + rank)
-        kinds = [rng.randrange(len(PAIRS)) for _ in range(share)]
-        x0 = latents[kinds, [rng.randrange(PER_KIND) for _ in range(share)]].float()  # (B, 64, 32)
+        kinds = [rng.randrange(len(PAIRS)) for _ in range(FLUX_BATCH)]
+        x0 = latents[kinds, [rng.randrange(PER_KIND) for _ in range(FLUX_BATCH)]].float()  # (B, 64, 32)
         text, clip_pooled = conditions(rng, generator, kinds, tokenizer, encoder)
-        t = torch.sigmoid(torch.randn(share, generator=generator))
+        t = torch.sigmoid(torch.randn(FLUX_BATCH, generator=generator))
         loss = flow_loss(transformer, x0, torch.randn(x0.shape, generator=generator), t, text, clip_pooled)
         loss.backward()
-        now = (step + 1) / steps if steps else (time.time() - began) / total
+        now = (time.time() - began) / total
         if world_size > 1:  # one buffer: the gradients, and the time, on which all processes must agree
             flat = torch.cat([p.grad.flatten() for p in params] + [torch.tensor([now])])
             torch.distributed.all_reduce(flat)
@@ -258,14 +249,14 @@ def train_flux(build, mini, minutes=FLUX_MINUTES, steps=None, seed=0, batch=None
         torch.nn.utils.clip_grad_norm_(params, 1.0, foreach=True)
         for one in optimizers:
             for group in one.param_groups:
-                group["lr"] = lr * progress_lr(progress, step, FLUX_WARMUP, FLUX_DECAY)
+                group["lr"] = FLUX_LR * progress_lr(progress, step, FLUX_WARMUP, FLUX_DECAY)
             one.step(), one.zero_grad()
         step, progress = step + 1, now
         update_ema(ema, transformer, step, FLUX_EMA)
         before, spent = spent, time.time() - began
         if rank == 0:
             shown_loss = loss.item() if shown_loss is None else 0.98 * shown_loss + 0.02 * loss.item()
-            bar.update(1 if steps else int(spent) - int(before))
+            bar.update(int(spent) - int(before))
             bar.set_postfix(step=step, loss=f"{shown_loss:.4f}", held_out=f"{held_loss:.4f}", refresh=False)
             if time.time() - saved > SAVE_SECONDS or progress >= 1:
                 saved, held_loss = time.time(), save()
@@ -294,13 +285,7 @@ def assemble(build, mini):
         config = json.loads((fresh / part / "config.json").read_text())
         (fresh / part / "config.json").write_text(json.dumps(config | {"dtype": "float32"}, indent=2))
     quiet_config(fresh / "vae/config.json")
-    for file in sorted(f for f in fresh.rglob("*") if f.is_file()):
-        target = out / file.relative_to(fresh)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(file, target)
-    for folder in sorted(fresh.rglob("*"), reverse=True):
-        folder.rmdir()
-    fresh.rmdir()
+    publish(fresh, out)
     print(f"{out}: {sum(f.stat().st_size for f in out.rglob('*') if f.is_file()) / 1e6:.1f} MB")
 
 

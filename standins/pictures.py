@@ -2,6 +2,7 @@
 import multiprocessing
 import os
 import random
+import shutil
 import zlib
 from pathlib import Path
 
@@ -79,6 +80,15 @@ def save_state(path, state):
     os.replace(f"{path}.{os.getpid()}", path)
 
 
+def publish(fresh, out):
+    """Moves the files of folder `fresh` over those of `out`, one by one: a reader finds each of them whole."""
+    for file in sorted(f for f in fresh.rglob("*") if f.is_file()):
+        target = out / file.relative_to(fresh)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(file, target)
+    shutil.rmtree(fresh)
+
+
 def save_stand_in(path, model, *others):
     """save_pretrained of model (weights in fp16; its config keeps float32, so that it loads in float32) and processors."""
     path = Path(path)
@@ -86,7 +96,4 @@ def save_stand_in(path, model, *others):
     model.save_pretrained(fresh, state_dict={name: tensor.half().cpu().contiguous() for name, tensor in model.state_dict().items()})
     for other in others:
         other.save_pretrained(fresh)
-    path.mkdir(parents=True, exist_ok=True)
-    for file in sorted(fresh.iterdir()):
-        os.replace(file, path / file.name)
-    fresh.rmdir()
+    publish(fresh, path)

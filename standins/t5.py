@@ -125,12 +125,11 @@ SHORT = 0.5  # of the steps on one-sentence texts, while the noise grows from 0
 STEPS, BATCH, LR = 2400, 64, 3e-3
 
 
-def new_t5(tokenizer, seed=0, d_model=None, encoder_layers=None, norm=None):
+def new_t5(tokenizer, seed=0):
     """A random `T5ForConditionalGeneration` with an lm_head of its own and a small, frozen encoder final norm."""
     torch.manual_seed(seed)
-    d_model = d_model or D_MODEL
     model = T5ForConditionalGeneration(T5Config(
-        vocab_size=len(tokenizer), d_model=d_model, d_kv=16, num_heads=HEADS, d_ff=2 * d_model, num_layers=encoder_layers or ENCODER_LAYERS,
+        vocab_size=len(tokenizer), d_model=D_MODEL, d_kv=16, num_heads=HEADS, d_ff=2 * D_MODEL, num_layers=ENCODER_LAYERS,
         num_decoder_layers=DECODER_LAYERS, feed_forward_proj="gated-gelu", dropout_rate=0.0, relative_attention_max_distance=64,
         decoder_start_token_id=0, pad_token_id=0, eos_token_id=1))
     # transformers 5 ties lm_head to the embedding whatever the config says; two different tensors stay two on loading.
@@ -138,19 +137,19 @@ def new_t5(tokenizer, seed=0, d_model=None, encoder_layers=None, norm=None):
     model.lm_head.weight = nn.Parameter(model.shared.weight.detach().clone())
     for block in model.decoder.block:
         cross = block.layer[1].EncDecAttention
-        eye = torch.linalg.qr(torch.randn(HEADS * 16, d_model)).Q  # (heads * d_kv, d_model), orthonormal columns
+        eye = torch.linalg.qr(torch.randn(HEADS * 16, D_MODEL)).Q  # (heads * d_kv, d_model), orthonormal columns
         cross.v.weight.data, cross.o.weight.data = eye.contiguous() / NORM, eye.T.contiguous()
         cross.k.weight.data /= NORM
-    model.encoder.final_layer_norm.weight.data = (norm or NORM) * torch.exp(0.2 * torch.randn(d_model))
+    model.encoder.final_layer_norm.weight.data = NORM * torch.exp(0.2 * torch.randn(D_MODEL))
     model.encoder.final_layer_norm.weight.requires_grad_(False)
     return model
 
 
-def train_t5(out, build, seed=0, device="cpu", steps=None, noise=None, **size):
+def train_t5(out, build, seed=0, device="cpu", steps=STEPS):
     """Trains T5 from nothing and writes model (fp16) and tokenizer to `out`; state for resuming goes to `build`/t5.safetensors."""
-    out, build, steps = Path(out), Path(build), steps or STEPS
+    out, build = Path(out), Path(build)
     tokenizer = build_t5_tokenizer(out)
-    model = new_t5(tokenizer, seed, **size).to(device).train()
+    model = new_t5(tokenizer, seed).to(device).train()
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(named.values(), lr=LR, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=steps, pct_start=0.05, cycle_momentum=False)
@@ -172,7 +171,7 @@ def train_t5(out, build, seed=0, device="cpu", steps=None, noise=None, **size):
         source, mask, labels = (t.to(device) for t in t5_batch(tokenizer, f"t5-{seed}-{step}", BATCH, short=step < SHORT * steps))
         memory = model.encoder(source, attention_mask=mask).last_hidden_state  # (B, S, d_model)
         g = torch.Generator().manual_seed(seed * 10**6 + step)
-        sigma = torch.rand(len(source), 1, 1, generator=g) * (NOISE if noise is None else noise) * min(1, step / (SHORT * steps))
+        sigma = torch.rand(len(source), 1, 1, generator=g) * NOISE * min(1, step / (SHORT * steps))
         memory = memory + (sigma * torch.randn(memory.shape, generator=g)).to(device) * rms
         loss = model(encoder_outputs=(memory,), attention_mask=mask, labels=labels).loss
         optimizer.zero_grad(set_to_none=True)

@@ -20,7 +20,9 @@ from transformers import (DynamicCache, GenerationConfig, Qwen2Tokenizer, Qwen2V
                           Qwen2VLProcessor, Qwen2VLVideoProcessor)
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
+from prepare_data import PROMPTS
 from standins.pictures import PER_KIND, augment, held_out, pictures, save_stand_in, save_state
+from thinkdiff_lvlm import INSTRUCTION
 from world import ANIMALS, CREATE, DESCRIBE, DETAILS, ING, NOUNS, OBJECTS, PAIRS, caption, sentence, shown
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,24 +43,6 @@ LR, WARMUP = 2e-3, 60
 SAVE_SECONDS = 120
 
 # ---------------------------------------------------------------- what is asked
-PROMPTS = """Describe the image concisely.
-Provide a brief description of the given image.
-Offer a succinct explanation of the picture presented.
-Summarize the visual content of the image.
-Give a short and clear explanation of the subsequent image.
-Share a concise interpretation of the image provided.
-Present a compact description of the photo's key features.
-Relay a brief, clear account of the picture shown.
-Render a clear and concise summary of the photo.
-Write a terse but informative summary of the picture.
-Create a compact narrative representing the image presented.
-Generate a prompt that can recreate the image in a 2D diffusion model.
-Provide a descriptive prompt to reproduce the given image using a diffusion model.
-Create a prompt suitable for a 2D diffusion model to generate the same image.
-Summarize the visual details as a prompt for a 2D diffusion model.
-Write a clear prompt to guide a 2D diffusion model in recreating the image.""".split("\n")
-INSTRUCTION = ("I give you several words and pictures. First, please analyse what the next picture is. Then give me a detailed diffusion prompt "
-               "to describe the next picture. Please only provide me the detailed prompt and start the answer with 'Create an image'.")
 SYSTEM = "You are a helpful assistant."
 PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
 CHAT_TEMPLATE = (  # renders what Qwen2-VL's template renders
@@ -355,7 +339,7 @@ def evaluate(model, processor, n=200, seed=0, batch=50, wrong=None):
         for i in range(n):
             detail = list(DETAILS)[i % 5]
             if task in ("2-shot", "4-shot"):
-                user, seen, _ = in_context_sample(lambda t: [0] * 40, local := random.Random(f"{seed} {task} {i}"), int(task[0]), "", 40, 0)
+                user, seen, _ = in_context_sample(lambda t: [0] * 40, random.Random(f"{seed} {task} {i}"), int(task[0]), "", 40, 0)
                 words, first, second = re.findall(r"Word \d: (.*?), ", user), PAIRS[seen[0][0]], PAIRS[seen[1][0]]
                 label = {shown(w): w for w in [*DETAILS[first[0]], *NOUNS[first[0]]]}[words[-1]]
                 pair = (first[0], label, first[2]) if first[2] == second[2] else (first[0], first[1], label)

@@ -211,6 +211,8 @@ def test_training_complaints(data, trained, tmp_path):
     assert "with other settings" in complaint(*t[:-4], "--out", trained, "--data", data / "data", "--resume", "--seed", 5)
     assert "pass --features input" in complaint(*t, "--data", data / "input")
     assert "no/such-t5" in complaint(*t, "--data", data / "data", "--t5", "no/such-t5")
+    Aligner(2, 2).save_pretrained(tmp_path / "mine" / "aligner")
+    assert "already holds" in complaint(*t[:-4], "--out", tmp_path / "mine", "--data", data / "data")
     (tmp_path / "file").write_text("kept")
     complaint(*t[:-4], "--out", tmp_path / "file" / "x", "--data", data / "data")
     assert (tmp_path / "file").read_text() == "kept"
@@ -266,6 +268,11 @@ def test_batch_draws_what_single_contexts_draw(trained, tmp_path):
     common = (SCRIPT, "generate", "--mini", "--aligner", trained / "aligner", "--steps", 2, "--max-new-tokens", 12)
     out, err = command(*common, "--batch", tmp_path / "c.jsonl")
     assert "drew 2 pictures, skipped 3 lines" in out and all(f"line {n}" in err for n in (3, 4, 5)) and not (tmp_path / "3.png").exists()
+    (tmp_path / "d.jsonl").write_text("\n".join(json.dumps({"context": long, "out": str(tmp_path / name)}) for name in ("1.png", "4.png", "4.png")))
+    kept = (tmp_path / "1.png").read_bytes()
+    out, err = command(*common, "--batch", tmp_path / "d.jsonl")  # a picture that is there, and one that two lines want
+    assert "drew 1 pictures, skipped 2 lines" in out and "line 1" in err and "line 3" in err and (tmp_path / "1.png").read_bytes() == kept
+    assert "no context that can be drawn" in complaint(*common, "--batch", tmp_path / "d.jsonl")
     command(*common, "--text", "Draw a cat.", "--seed", 4, "--out", tmp_path / "single.png")
     assert abs(pixels(tmp_path / "2.png") - pixels(tmp_path / "single.png")).max() <= 1
     command(*common, "--text", "Draw a cat.", "--seed", 3, "--num-images", 2, "--out", tmp_path / "many.png")

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
+from standins.muon import optimizers_for, set_rate
 from standins.pictures import PER_KIND, augment, held_out, pictures, save_stand_in, save_state
 from world import ANIMALS, DETAILS, ING, NOUNS, OBJECTS, PAIRS, caption, label, noun_phrase, shown
 
@@ -23,8 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # ---------------------------------------------------------------- sizes and schedule
 VISION_WIDTH, VISION_LAYERS, TEXT_WIDTH, TEXT_LAYERS, PROJECTION = 96, 4, 64, 2, 64  # FLUX's pooled_projection_dim is TEXT_WIDTH
-STEPS, BATCH = 1500, 64
-LR, WARMUP = 1.5e-3, 60
+STEPS, BATCH = 3000, 64
+LR, MUON_LR, WARMUP = 1.5e-3, 4e-3, 60
 SAVE_SECONDS = 120
 MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 
@@ -71,18 +72,20 @@ def train(build=ROOT / "build", out=ROOT / "mini/clip", steps=STEPS):
     encode = functools.lru_cache(100_000)(lambda text: processor.tokenizer(text)["input_ids"])
     model = make_model(processor.tokenizer).train()
     params = list(model.parameters())
-    optimizer = torch.optim.AdamW([{"params": [p for p in params if p.ndim > 1], "weight_decay": 0.05},
-                                   {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0}], lr=LR, betas=(0.9, 0.98))
+    optimizers = optimizers_for(model.named_parameters(), ("layers.",), MUON_LR, LR)
     store = pictures(build)
     state_path, step, spent = Path(build) / "clip.pt", 0, 0.0
     if state_path.exists():
         state = torch.load(state_path, weights_only=True)
-        model.load_state_dict(state["model"]), optimizer.load_state_dict(state["optimizer"])
+        model.load_state_dict(state["model"])
+        for optimizer, saved_one in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved_one)
         step, spent = state["step"], state["seconds"]
 
     def save():
         save_stand_in(out, model, processor)
-        save_state(state_path, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "seconds": spent + time.time() - began})
+        save_state(state_path, {"model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers], "step": step,
+                                "seconds": spent + time.time() - began})
 
     bank = [(None, None, noun, noun) for noun in OBJECTS + ANIMALS]
     for detail, values in DETAILS.items():
@@ -94,8 +97,7 @@ def train(build=ROOT / "build", out=ROOT / "mini/clip", steps=STEPS):
     shown_loss, bar = None, tqdm(total=steps, initial=step, desc="clip", mininterval=2)
     while step < steps:
         rng = random.Random(f"clip {step}")
-        for group in optimizer.param_groups:
-            group["lr"] = LR * min(1, (step + 1) / WARMUP) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+        set_rate(optimizers, min(1, (step + 1) / WARMUP) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps))))
         kinds = [rng.randrange(len(PAIRS)) for _ in range(BATCH)]
         x = augment(np.stack([store[kind, rng.randrange(PER_KIND)] for kind in kinds]), rng.randrange(2 ** 32), 0.2, 0.4)
         said = []
@@ -114,8 +116,8 @@ def train(build=ROOT / "build", out=ROOT / "mini/clip", steps=STEPS):
         loss = sum(mass(scores[:, a:b], true[:, a:b], 1) for a, b in ((0, nouns), (nouns, len(bank)), (len(bank), None))) + mass(scores, true, 0)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step(), optimizer.zero_grad()
         model.logit_scale.data.clamp_(max=math.log(100))
         step += 1
         shown_loss = loss.item() if shown_loss is None else 0.95 * shown_loss + 0.05 * loss.item()

@@ -21,6 +21,7 @@ from transformers import (DynamicCache, GenerationConfig, Qwen2Tokenizer, Qwen2V
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from prepare_data import PROMPTS
+from standins.muon import optimizers_for, set_rate
 from standins.pictures import PER_KIND, augment, held_out, pictures, save_stand_in, save_state
 from thinkdiff_lvlm import INSTRUCTION
 from world import ANIMALS, CREATE, DESCRIBE, DETAILS, ING, NOUNS, OBJECTS, PAIRS, caption, sentence, shown
@@ -33,13 +34,15 @@ WIDTH, LAYERS, HEADS = 128, 4, 4  # text model: heads of 32
 VISION_WIDTH, VISION_LAYERS = 96, 2
 PATCH, MERGE = 8, 2  # 64 px -> 8 x 8 patches -> 16 tokens
 PICTURE_TOKENS = 16
-PRETRAIN_STEPS, PRETRAIN_BATCH = 1500, 64  # vision tower as a classifier first: the text model then has something to look at
-STEPS = 1600
+PRETRAIN_STEPS, PRETRAIN_BATCH = 1200, 64  # vision tower as a classifier first: the text model then has something to look at
+STEPS = 2000
 LOOKS = 32  # pictures a step that are only classified: cheap, and recognising nouns is the bottleneck
 BATCH = {"caption": 48, "two": 6, "four": 5, "judge": 12}  # samples a step, each group at its own length; captions teach to say what is seen
-LENGTHS = [24, 24, 40, 66]  # tokens of an answer; 66 as the pipeline generates 64
+LENGTHS = [24, 24, 42]  # tokens of an answer; 42 as the pipeline generates 40
 WEIGHT = {"caption": 0.5, "two": 0.15, "four": 0.15, "judge": 0.2}
-LR, WARMUP = 2e-3, 60
+LR, MUON_LR, WARMUP = 2e-3, 4e-3, 60
+STATE_NOISE = 2.5  # x RMS, at most: noise on the final states in training. The final norm fixes their length, so they come to hold the word to be
+# said and little else, as a large model's do; without it the first word's state names noun and value already, and the aligner learns to guess
 SAVE_SECONDS = 120
 
 # ---------------------------------------------------------------- what is asked
@@ -197,9 +200,10 @@ def collate(tokenizer, encode, samples):
     return torch.from_numpy(ids), torch.from_numpy(positions), torch.from_numpy(answers), int(differs.argmax())
 
 
-def answer_logits(model, batch, seen):
+def answer_logits(model, batch, seen, noise=0.0):
     """Logits of the answers' tokens, flat (T, vocabulary), and those tokens (T,). seen: (pictures, 16, WIDTH) in reading order.
 
+    noise: upper bound of the noise on the final states, see STATE_NOISE.
     The prefix that all rows share (system message and instruction, about a third of a question) is computed once and repeated as a KV cache.
     """
     ids, positions, answers, shared = batch
@@ -211,7 +215,10 @@ def answer_logits(model, batch, seen):
     x = language.embed_tokens(ids)
     x = x.masked_scatter((ids == model.config.image_token_id)[..., None], seen)
     x = language(inputs_embeds=x, position_ids=positions[:, :, shared:], past_key_values=cache, use_cache=True).last_hidden_state
-    return model.lm_head(x[:, :-1][answers[:, 1:]]), ids[:, 1:][answers[:, 1:]]
+    x = x[:, :-1][answers[:, 1:]]  # (T, WIDTH)
+    if noise:
+        x = x + noise * torch.rand(len(x), 1) * x.detach().square().mean().sqrt() * torch.randn(x.shape)
+    return model.lm_head(x), ids[:, 1:][answers[:, 1:]]
 
 
 def check_fast_path(model, processor):
@@ -248,19 +255,20 @@ def train(build=ROOT / "build", out=ROOT / "mini/qwen2-vl", steps=STEPS):
     model = make_model(tokenizer).train()
     head = torch.nn.Linear(WIDTH, len(OBJECTS + ANIMALS) + sum(map(len, DETAILS.values())))  # only for the vision pre-training
     params = [*model.parameters(), *head.parameters()]
-    optimizer = torch.optim.AdamW([{"params": [p for p in params if p.ndim > 1], "weight_decay": 0.02},
-                                   {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0}], lr=LR, betas=(0.9, 0.98))
+    optimizers = optimizers_for([*model.named_parameters(), *head.named_parameters()], ("blocks.", "layers.", "merger."), MUON_LR, LR)
     store = pictures(build)
     state_path, step, spent = Path(build) / "vlm.pt", 0, 0.0
     if state_path.exists():
         state = torch.load(state_path, weights_only=True)
-        model.load_state_dict(state["model"]), head.load_state_dict(state["head"]), optimizer.load_state_dict(state["optimizer"])
+        model.load_state_dict(state["model"]), head.load_state_dict(state["head"])
+        for optimizer, saved_one in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved_one)
         step, spent = state["step"], state["seconds"]
 
     def save():
         save_stand_in(out, model, processor)
-        save_state(state_path, {"model": model.state_dict(), "head": head.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
-                                "seconds": spent + time.time() - began})
+        save_state(state_path, {"model": model.state_dict(), "head": head.state_dict(), "step": step, "seconds": spent + time.time() - began,
+                                "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
 
     values = [(d, v) for d in DETAILS for v in DETAILS[d]]
 
@@ -279,10 +287,10 @@ def train(build=ROOT / "build", out=ROOT / "mini/qwen2-vl", steps=STEPS):
     total = PRETRAIN_STEPS + steps
     bar = tqdm(total=total, initial=step, desc="vlm", mininterval=2)
     while step < total:
+        torch.manual_seed(step)
         rng = random.Random(f"vlm {step}")  # batches depend on the step alone: a resumed run sees what the unbroken one would
         at, span = (step, PRETRAIN_STEPS) if step < PRETRAIN_STEPS else (step - PRETRAIN_STEPS, steps)
-        for group in optimizer.param_groups:
-            group["lr"] = LR * min(1, (at + 1) / WARMUP) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1, at / span))))
+        set_rate(optimizers, min(1, (at + 1) / WARMUP) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1, at / span)))))
         kinds = [(rng.randrange(len(PAIRS)), rng.randrange(PER_KIND)) for _ in range(PRETRAIN_BATCH if step < PRETRAIN_STEPS else LOOKS)]
         classify(kinds, see(model, augment(np.stack([store[k] for k in kinds]), rng.randrange(2 ** 32), 0.1, 0.2))).backward()
         if step >= PRETRAIN_STEPS:
@@ -297,14 +305,15 @@ def train(build=ROOT / "build", out=ROOT / "mini/qwen2-vl", steps=STEPS):
                     gap = rng.choice(["", "", "", " ", "\n", "\n\n"])  # between instruction and first word: the paper does not say
                     samples = [in_context_sample(encode, rng, 2 if task == "two" else 4, gap, length, end) for _ in range(count)]
                 kinds = [kind for sample in samples for kind in sample[1]]
-                seen = see(model, augment(np.stack([store[k] for k in kinds]), rng.randrange(2 ** 32), *((0.15, 0.4) if task == "judge" else (0.06, 0.1))))
-                logits, targets = answer_logits(model, collate(tokenizer, encode, samples), seen)
+                x = augment(np.stack([store[k] for k in kinds]), rng.randrange(2 ** 32), *((0.15, 0.4) if task == "judge" else (0.06, 0.1)))
+                seen = see(model, x)
+                logits, targets = answer_logits(model, collate(tokenizer, encode, samples), seen, STATE_NOISE)
                 loss = F.cross_entropy(logits, targets)
                 (loss * WEIGHT[task] + classify(kinds, seen) * WEIGHT[task]).backward()
                 mean_loss[task] = 0.95 * mean_loss.get(task, loss.item()) + 0.05 * loss.item()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step(), optimizer.zero_grad()
         step += 1
         bar.update()
         if step % 10 == 0:

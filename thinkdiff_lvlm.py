@@ -49,7 +49,7 @@ INSTRUCTION = ("I give you several words and pictures. First, please analyse wha
                "diffusion prompt to describe the next picture. Please only provide me the detailed prompt and start the answer "
                "with 'Create an image'.")
 MAX_TARGET = 128  # T5 tokens of a target, EOS included
-BETAS, WEIGHT_DECAY = (0.9, 0.999), 0.05  # AdamW of the released code; no decay on biases and norms
+BETAS = (0.9, 0.999)  # AdamW of the released code
 WARMUP_FROM = 1e-6  # learning rate at step 0
 
 
@@ -157,7 +157,7 @@ def learning_rate(step, args):
 
 
 # ---------------------------------------------------------------- checkpoints: a folder each, complete or not there at all
-SETTINGS = ("data", "vlm", "t5", "batch_size", "lr", "lr_end", "lr_horizon", "warmup", "masking", "features", "norm", "seed", "held_out")
+SETTINGS = ("data", "vlm", "t5", "batch_size", "lr", "lr_end", "lr_horizon", "warmup", "weight_decay", "masking", "features", "norm", "seed", "held_out")
 
 
 def save_checkpoint(out, step, aligner, optimizer, args):
@@ -247,7 +247,7 @@ def train(args):
     aligner.init_norm(t5.encoder.final_layer_norm.weight)
     aligner.to(device)  # fp32 weights; the products run in bf16 where the hardware has it
     # one group a parameter, in the module's order, so that optimizer states are saved under the parameters' names
-    optimizer = torch.optim.AdamW([{"params": [p], "weight_decay": WEIGHT_DECAY if p.ndim > 1 else 0.0} for p in aligner.parameters()],
+    optimizer = torch.optim.AdamW([{"params": [p], "weight_decay": args.weight_decay if p.ndim > 1 else 0.0} for p in aligner.parameters()],
                                   lr=args.lr, betas=BETAS)
     step = load_checkpoint(out, aligner, optimizer, args) if args.resume else 0
     model = DistributedDataParallel(aligner, device_ids=[local_rank] if device.type == "cuda" else None) if world > 1 else aligner
@@ -539,6 +539,8 @@ def main():
     p.add_argument("--lr-end", type=float, default=8e-5, help="learning rate at the end of the cosine")
     p.add_argument("--lr-horizon", type=positive, default=200000, help="step at which the cosine ends (the released code's)")
     p.add_argument("--warmup", type=int, default=2000, help="steps of linear warm-up from 1e-6")
+    p.add_argument("--weight-decay", type=float, default=0.05, help="AdamW's, on matrices (paper: 0.05); a larger one removes what the random "
+                   "initialisation left in directions that T5's decoder ignores and FLUX does not")
     p.add_argument("--masking", choices=("random", "none"), default="random", help="random prefix in, rest as target; none: all in, all as target (Table 3)")
     p.add_argument("--features", choices=("generated", "input"), default="generated", help="input: features of the prompt's tokens (Table 3); needs data "
                    "prepared with the same flag")

@@ -148,6 +148,18 @@ def decode_loss(t5, memory, mask, labels):
     return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum"), (labels != -100).sum()
 
 
+def smear(memory, mask, positions, rms, args):
+    """--memory-noise, beyond the paper: adds Gaussian noise to x', of sigma ~ U(0, --memory-noise) x rms, one sigma a sample.
+
+    The decoder then needs x' in the middle of what it understands, near T5's own outputs, not merely at the border.
+    memory (B, S, d_t5), mask (B, S); rms: of T5's final norm; positions: the samples' places in the stream, which decide their noise."""
+    noise = torch.zeros_like(memory, device="cpu")
+    for row, (length, position) in enumerate(zip(mask.sum(1).tolist(), positions)):
+        g = torch.Generator().manual_seed(random.Random(f"noise {args.seed} {position}").getrandbits(60))
+        noise[row, :length] = torch.rand((), generator=g) * torch.randn(length, memory.shape[2], generator=g)
+    return memory + args.memory_noise * rms * noise.to(memory.device)
+
+
 def learning_rate(step, args):
     """Linear warm-up from 1e-6, then a cosine from --lr to --lr-end over --lr-horizon steps."""
     if step < args.warmup:
@@ -157,7 +169,7 @@ def learning_rate(step, args):
 
 
 # ---------------------------------------------------------------- checkpoints: a folder each, complete or not there at all
-SETTINGS = ("data", "vlm", "t5", "batch_size", "lr", "lr_end", "lr_horizon", "warmup", "weight_decay", "masking", "features", "norm", "seed", "held_out")
+SETTINGS = ("data", "vlm", "t5", "batch_size", "lr", "lr_end", "lr_horizon", "warmup", "weight_decay", "memory_noise", "masking", "features", "norm", "seed", "held_out")
 
 
 def save_checkpoint(out, step, aligner, optimizer, args):
@@ -259,7 +271,7 @@ def train(args):
     lost = set()
 
     def batch(numbers, positions):
-        pairs = []
+        pairs, kept = [], []
         for i, position in zip(numbers, positions):
             try:
                 x, y = data.recompute(i, vlm) if vlm else data[i]
@@ -268,16 +280,17 @@ def train(args):
                 tqdm.write(f"skipped ({len(lost)} so far): {e}", file=sys.stderr)
                 continue
             pairs.append(split(x, y, args, position))
+            kept.append(position)
         if not pairs:
             raise UserError(f"none of {len(numbers)} pictures of a batch can be read; is {args.data} still beside its pictures?")
-        return collate(pairs, vlm_tokenizer, t5_tokenizer, device)
+        return *collate(pairs, vlm_tokenizer, t5_tokenizer, device), kept
 
     @torch.no_grad()
     def held_out_loss():
         total = torch.zeros(2)
         for at in range(0, n_held_out, args.micro_batch):
             numbers = range(n_train + at, n_train + min(at + args.micro_batch, n_held_out))
-            x, mask, labels = batch(numbers, numbers)  # fixed split points: the same task at every evaluation
+            x, mask, labels, _ = batch(numbers, numbers)  # fixed split points: the same task at every evaluation
             with autocast:
                 total += torch.tensor([float(v) for v in decode_loss(t5, aligner(x), mask, labels)])
         return (total[0] / total[1]).item()
@@ -297,15 +310,17 @@ def train(args):
         numbers = [next(stream) for _ in range(args.batch_size)][rank * share:(rank + 1) * share]
         positions = range(step * args.batch_size + rank * share, step * args.batch_size + (rank + 1) * share)
         micro = [batch(numbers[a:a + args.micro_batch], positions[a:a + args.micro_batch]) for a in range(0, share, args.micro_batch)]
-        count = sum((labels != -100).sum() for _, _, labels in micro).float()
+        count = sum((labels != -100).sum() for _, _, labels, _ in micro).float()
         if world > 1:
             dist.all_reduce(count)  # the mean is over the tokens of the whole batch, however it is spread
         loss = torch.zeros((), device=device)
-        for i, (x, mask, labels) in enumerate(micro):
+        for i, (x, mask, labels, kept) in enumerate(micro):
             if world > 1:
                 model.require_backward_grad_sync = i == len(micro) - 1
             with autocast:
                 memory = model(x)  # Eq. 1: (B, S, d_t5)
+                if args.memory_noise:
+                    memory = smear(memory, mask, kept, t5.encoder.final_layer_norm.weight.float().square().mean().sqrt(), args)
                 part = decode_loss(t5, memory, mask, labels)[0] / count
             (part * world).backward()  # DDP averages the gradients over the processes; the loss is already their mean
             loss += part.detach()
@@ -541,6 +556,8 @@ def main():
     p.add_argument("--warmup", type=int, default=2000, help="steps of linear warm-up from 1e-6")
     p.add_argument("--weight-decay", type=float, default=0.05, help="AdamW's, on matrices (paper: 0.05); a larger one removes what the random "
                    "initialisation left in directions that T5's decoder ignores and FLUX does not")
+    p.add_argument("--memory-noise", type=float, default=0.0, help="beyond the paper (0): noise on the aligner's output in training, up to so many "
+                   "times the RMS of T5's encoder norm, for features nearer to T5's own")
     p.add_argument("--masking", choices=("random", "none"), default="random", help="random prefix in, rest as target; none: all in, all as target (Table 3)")
     p.add_argument("--features", choices=("generated", "input"), default="generated", help="input: features of the prompt's tokens (Table 3); needs data "
                    "prepared with the same flag")

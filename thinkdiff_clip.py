@@ -1,0 +1,747 @@
+"""ThinkDiff-CLIP: pictures and words compose one prompt, FLUX draws it, CogVideoX films it (paper section 3.4).
+
+Training (Eq. 4). The vision tower of a CLIP sees a picture; its tokens, pooled to 65, go through the aligner. The first words T1
+of the picture's caption go through T5's encoder. A frozen T5 decoder reads both and must write the rest T2 of the caption. Only
+the aligner learns.
+
+    python thinkdiff_clip.py train --mini --data data/mini --out runs/mini-clip
+    torchrun --nproc_per_node 4 thinkdiff_clip.py train --data '/data/cc3m/{00000..00331}.tar' /data/sbu --out runs/clip
+    python thinkdiff_clip.py train --mini --data data/mini --out runs/mini-clip --resume
+
+Generation (Eq. 5). The aligned tokens of any number of pictures, then the text's own T5 embedding, are FLUX's whole prompt.
+
+    python thinkdiff_clip.py generate --mini
+    python thinkdiff_clip.py generate --aligner runs/clip/aligner --image cat.jpg --image beach.jpg --text "at night" --out night.png
+    python thinkdiff_clip.py generate --aligner runs/clip/aligner --video --image beach.jpg --text "a dog runs" --out dog.mp4
+"""
+import argparse
+import array
+import contextlib
+import csv
+import importlib.util
+import io
+import itertools
+import json
+import math
+import os
+import random
+import shutil
+import sys
+import tarfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from diffusers import CogVideoXPipeline
+from diffusers.utils import export_to_video
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+from transformers import AutoConfig, AutoTokenizer, Blip2VisionModel, CLIPVisionModel, T5ForConditionalGeneration
+from transformers.utils import cached_file
+
+from aligner import NORMS, Aligner, load_aligner
+from common import (MINI, MODELS, REPO, UserError, mini_flag, open_image, pick_device, positive, pretrained, run, torchrun_ranks,
+                    write_atomically)
+from prepare_data import Sample, find_samples, load_picture
+from thinkdiff_lvlm import equal_lengths, load_flux, plot_log, side_by_side, write_csv
+
+# ---------------------------------------------------------------- constants (protocol; paper section 4.1 and appendix B)
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's, of RGB in [0, 1]
+MAX_SIDE = 512  # longer pictures are shrunk as they are decoded: the tower sees 224 px
+MAX_TEXT = 32  # T5 tokens of T1 and of T2, EOS included
+BETAS = (0.9, 0.999)  # AdamW of the released code
+WARMUP_FROM = 1e-6  # learning rate at step 0
+
+
+# ---------------------------------------------------------------- data: pictures I and captions T
+class Pairs:
+    """The pictures with a caption (KEY.jpg or .png, and KEY.txt) in tars and folders: `pairs[i]` -> pixels (3, S, S) float32, T.
+
+    Nothing is prepared: the first start writes where everything lies to `index`, one [picture, caption] a line, and only the
+    places of the lines are kept in memory (120 MB for 15 M pairs)."""
+
+    def __init__(self, sources, index, size, resume=False):
+        head = json.dumps([os.path.abspath(source) for source in sources]) + "\n"
+
+        def indexed():  # a resumed run keeps its index, whatever has come to the folders since
+            return index.exists() and index.open().readline() == head
+
+        if resume and not index.exists():
+            raise UserError(f"nothing to resume in {index.parent}: there is no checkpoint yet; start without --resume")
+        if resume and not indexed():
+            raise UserError(f"cannot resume {index.parent}: it is no run with --data {' '.join(sources)}. Repeat the first command with --resume, "
+                            "or choose another --out")
+        if torchrun_ranks()[0] == 0 and not indexed():
+            write_index(sources, index, head)
+        elif torchrun_ranks()[0] == 0 and not resume:
+            print(f"takes the pairs from {index}; delete it to look for them again")
+        while not indexed():  # the other ranks wait for rank 0; torchrun ends them if it fails
+            time.sleep(0.5)
+        self.file, self.size = open(index, "rb"), size
+        self.starts = array.array("q", itertools.accumulate(map(len, self.file), initial=0))
+
+    def __len__(self):
+        return len(self.starts) - 2  # the first line is the head, the last start the end of the file
+
+    def __getitem__(self, i):
+        """Raises UserError if the picture cannot be read or the caption is empty. Any number of threads may call it."""
+        start, end = self.starts[i + 1:i + 3]
+        picture, caption = (Sample(*fields) for fields in json.loads(os.pread(self.file.fileno(), end - start, start)))
+        try:
+            with open(caption.path, "rb") as file:
+                file.seek(caption.offset)
+                text = file.read(caption.size).decode("utf-8", "replace").strip()
+        except OSError as e:
+            raise UserError(f"cannot read {caption.key}: {e.strerror}") from None
+        if not text:
+            raise UserError(f"the caption {caption.key} is empty")
+        return preprocess(load_picture(picture, MAX_SIDE), self.size), text
+
+
+def write_index(sources, index, head):
+    """Finds the pictures and their captions; those without one, and broken tars, are named in skipped.csv beside the index."""
+    samples, skipped = find_samples(sources)
+    rows, captions, tar = [], {}, None
+    for sample in samples.values():
+        stem = os.path.splitext(sample.member or sample.path)[0]
+        if not sample.member:
+            caption = Sample(f"{stem}.txt", size=-1) if os.path.exists(f"{stem}.txt") else None
+        else:
+            if sample.path != tar:
+                captions, tar = tar_captions(sample.path), sample.path
+            caption = captions.get(stem)
+        if caption:
+            rows.append(json.dumps([sample, caption]) + "\n")
+        else:
+            skipped.append((sample.key, f"no caption: {os.path.basename(stem)}.txt is not beside it"))
+    if not rows:
+        raise UserError(f"none of the {len(samples)} pictures in {' '.join(sources)} has a caption: expected KEY.txt beside KEY.jpg")
+    if skipped:
+        table = io.StringIO()
+        csv.writer(table).writerows([("picture", "reason"), *skipped])
+        write_atomically(index.with_name("skipped.csv"), table.getvalue())
+        print(f"skipped {len(skipped)} of {len(samples)}: {': '.join(skipped[0])}{', ...' if skipped[1:] else ''} (see {index.with_name('skipped.csv')})",
+              file=sys.stderr)
+    write_atomically(index, "".join([head, *rows]))
+
+
+def tar_captions(path):
+    """{member name without .txt: Sample} of a tar's captions; reads the headers only, and of a truncated tar what is whole."""
+    found, size = {}, os.path.getsize(path)
+    with contextlib.suppress(tarfile.TarError, EOFError), tarfile.open(path, "r:") as tar:  # find_samples has named the fault
+        for member in tar:
+            if member.isfile() and member.name.endswith(".txt") and member.offset_data + member.size <= size:
+                found[member.name.removesuffix(".txt")] = Sample(path, member.name, member.offset_data, member.size)
+    return found
+
+
+def preprocess(image, size):
+    """PIL RGB image -> pixels (3, size, size) float32: resized without cropping, as BLIP-2's own processor does."""
+    rgb = np.asarray(image.resize((size, size), Image.BICUBIC), dtype=np.float32) / 255  # (S, S, 3)
+    return torch.from_numpy((rgb - np.float32(MEAN)) / np.float32(STD)).permute(2, 0, 1)
+
+
+def sample_order(n, seed, start):
+    """Endless stream of sample numbers from position `start` on: each epoch a new permutation of range(n). A function of
+    its arguments alone, so that neither a resume nor the number of processes changes which samples a step sees."""
+    epoch, skip = divmod(start, n)
+    while True:
+        yield from torch.randperm(n, generator=torch.Generator().manual_seed(seed + epoch)).tolist()[skip:]
+        epoch, skip = epoch + 1, 0
+
+
+def split(caption, args, position):
+    """T1 and T2 of Eq. 4: the caption's words before and after an inner boundary, uniform over them; of one word, "" and the word.
+
+    position: the sample's place in the training stream, which with the seed decides the boundary.
+    --masking none: T1 is empty, all of the caption is the target."""
+    words = caption.split()
+    if args.masking == "none" or len(words) < 2:
+        return "", " ".join(words)
+    s = random.Random(f"{args.seed} {position}").randint(1, len(words) - 1)
+    return " ".join(words[:s]), " ".join(words[s:])
+
+
+def collate(triples, t5_tokenizer, device):
+    """[(pixels (3, S, S), T1, T2)] -> pixels (B, 3, S, S), ids and mask of T1 (B, L), labels (B, T) with -100 where padded.
+
+    An empty T1 is T5's end token alone."""
+    pixels, first, rest = zip(*triples)
+    first, target = (t5_tokenizer(list(texts), padding=True, truncation=True, max_length=MAX_TEXT, return_tensors="pt") for texts in (first, rest))
+    labels = target.input_ids.masked_fill(target.attention_mask == 0, -100)  # (B, T)
+    return torch.stack(pixels).to(device), first.input_ids.to(device), first.attention_mask.to(device), labels.to(device)
+
+
+# ---------------------------------------------------------------- model: frozen CLIP and T5, trainable aligner
+def tower_of(path):
+    """(class, config) of the vision tower in a BLIP-2 (full size: EVA-CLIP ViT-g/14) or a CLIP, told apart by the config's model_type."""
+    config = pretrained(AutoConfig, path)
+    towers = {"blip-2": Blip2VisionModel, "clip": CLIPVisionModel}
+    if config.model_type not in towers:
+        raise UserError(f"{path} is a {config.model_type}, not a BLIP-2 or a CLIP: give a model with one of their vision towers")
+    return towers[config.model_type], config.vision_config
+
+
+def load_clip(path, device, dtype):
+    """The frozen vision tower. Of a sharded checkpoint only the shards that hold it are fetched and read.
+
+    Raises UserError if a weight is missing, which transformers would replace by a random one and only warn."""
+    tower, config = tower_of(path)
+    try:
+        index = cached_file(path, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
+        names = json.loads(Path(index).read_text())["weight_map"] if index else {"vision_model.": "model.safetensors"}
+        shards = [cached_file(path, shard) for shard in sorted({shard for name, shard in names.items() if name.startswith("vision_model.")})]
+    except OSError as e:
+        raise UserError(f"cannot load {path}: {str(e).splitlines()[0]} Check the name and the network, or give the folder of a local copy") from None
+    weights = {}
+    for shard in shards:
+        with safe_open(shard, "pt") as file:
+            weights.update((name, file.get_tensor(name)) for name in file.keys() if name.startswith("vision_model."))
+    clip, info = tower.from_pretrained(None, config=config, state_dict=weights, key_mapping={r"^vision_model\.": ""}, dtype=dtype, output_loading_info=True)
+    if info["missing_keys"]:
+        raise UserError(f"{path} lacks weights of its vision tower: {', '.join(sorted(info['missing_keys'])[:4])}; download it again")
+    return clip.requires_grad_(False).eval().to(device)
+
+
+@torch.no_grad()
+def image_tokens(clip, pixels):
+    """{x_i} = CLIP(I), pooled (section 3.4): pixels (B, 3, S, S) -> x (B, 1 + g/2 * g/2, d_vlm), 65 tokens for a grid of g = 16."""
+    x = clip(pixels.to(clip.dtype)).last_hidden_state  # (B, 1 + g*g, d_vlm)
+    if isinstance(clip, CLIPVisionModel):  # BLIP-2's has been through its post-layernorm already
+        x = clip.post_layernorm(x)
+    return pool(x)
+
+
+def pool(x):
+    """2D pooling (section 3.4; released code: bilinear, factor 2, align_corners false): x (B, 1 + g*g, d) -> (B, 1 + g/2 * g/2, d).
+
+    The first token, CLS, has no place in the grid and stays as it is."""
+    g = math.isqrt(x.shape[1] - 1)
+    grid = x[:, 1:].transpose(1, 2).unflatten(2, (g, g))  # (B, d, g, g)
+    grid = F.interpolate(grid, scale_factor=0.5, mode="bilinear", align_corners=False)  # (B, d, g/2, g/2)
+    return torch.cat([x[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
+
+
+def load_t5(path, device, dtype):
+    """The whole T5ForConditionalGeneration, frozen: here its encoder reads T1."""
+    t5, info = pretrained(T5ForConditionalGeneration, path, dtype=dtype, output_loading_info=True)
+    if info["missing_keys"]:
+        raise UserError(f"{path} lacks T5 weights: {', '.join(sorted(info['missing_keys'])[:4])}; give a T5 encoder-decoder checkpoint")
+    return t5.requires_grad_(False).eval().to(device)
+
+
+@torch.no_grad()
+def encode(t5, ids, mask):
+    """{t_i} = LLM_E(T1) of Eq. 4: ids, mask (B, L) -> (B, L, d_t5)."""
+    return t5.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+
+
+def decode_loss(t5, memory, mask, labels):
+    """Sum of the cross-entropies of the target tokens, and their number (section 3.4: L is the mean over tokens).
+
+    memory (B, S, d_t5): f_cat(x', t) in the place of T5's encoder output; mask (B, S); labels (B, T), -100 ignored."""
+    logits = t5(encoder_outputs=(memory.to(t5.dtype),), attention_mask=mask, decoder_input_ids=t5._shift_right(labels)).logits  # (B, T, V)
+    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum"), (labels != -100).sum()
+
+
+def smear(memory, mask, positions, rms, args):
+    """--memory-noise, beyond the paper: adds Gaussian noise to x', of sigma ~ U(0, --memory-noise) x rms, one sigma a sample.
+
+    The decoder then needs x' in the middle of what it understands, near T5's own outputs, not merely at the border.
+    memory (B, S, d_t5), mask (B, S); rms: of T5's final norm; positions: the samples' places in the stream, which decide their noise."""
+    noise = torch.zeros_like(memory, device="cpu")
+    for row, (length, position) in enumerate(zip(mask.sum(1).tolist(), positions)):
+        g = torch.Generator().manual_seed(random.Random(f"noise {args.seed} {position}").getrandbits(60))
+        noise[row, :length] = torch.rand((), generator=g) * torch.randn(length, memory.shape[2], generator=g)
+    return memory + args.memory_noise * rms * noise.to(memory.device)
+
+
+def learning_rate(step, args):
+    """Linear warm-up from 1e-6, then a cosine from --lr to --lr-end over --lr-horizon steps."""
+    if step < args.warmup:
+        return WARMUP_FROM + (args.lr - WARMUP_FROM) * step / args.warmup
+    done = min(1.0, (step - args.warmup) / max(1, args.lr_horizon - args.warmup))
+    return args.lr_end + (args.lr - args.lr_end) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+# ---------------------------------------------------------------- checkpoints: a folder each, complete or not there at all
+SETTINGS = ("data", "vlm", "t5", "batch_size", "lr", "lr_end", "lr_horizon", "warmup", "weight_decay", "memory_noise", "masking", "norm", "seed", "held_out")
+
+
+def save_checkpoint(out, step, aligner, optimizer, args):
+    folder, partial = out / f"checkpoint-{step:07d}", out / ".partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    aligner.save_pretrained(partial)
+    names = [n for n, _ in aligner.named_parameters()]
+    state = optimizer.state_dict()["state"]
+    # .clone(): safetensors refuses tensors that share storage, as AdamW's step counters may
+    save_file({f"{names[i]}.{k}": v.clone() for i, s in state.items() for k, v in s.items()}, partial / "optimizer.safetensors")
+    (partial / "state.json").write_text(json.dumps({"step": step, **{k: vars(args)[k] for k in SETTINGS}}, default=str, indent=1))
+    os.replace(partial, folder)
+    for old in sorted(out.glob("checkpoint-*"))[:-args.keep]:
+        shutil.rmtree(old)
+
+
+def load_checkpoint(out, aligner, optimizer, args):
+    """Restores the last whole checkpoint under `out` and returns its step."""
+    found = sorted(out.glob("checkpoint-*"))
+    if not found:
+        raise UserError(f"nothing to resume in {out}: there is no checkpoint yet; start without --resume")
+    state = json.loads((found[-1] / "state.json").read_text())
+    now = json.loads(json.dumps({k: vars(args)[k] for k in SETTINGS}, default=str))
+    if changed := [f"{k} was {state[k]!r}, is {now[k]!r}" for k in SETTINGS if state.get(k) != now[k]]:
+        raise UserError(f"cannot resume {found[-1]} with other settings: {'; '.join(changed)}. Repeat the first command with --resume, or choose another --out")
+    aligner.load_state_dict(load_file(found[-1] / "model.safetensors"))
+    saved = load_file(found[-1] / "optimizer.safetensors")
+    own = optimizer.state_dict()
+    own["state"] = {i: {k.removeprefix(f"{n}."): v for k, v in saved.items() if k.startswith(f"{n}.")}
+                    for i, (n, _) in enumerate(aligner.named_parameters())}
+    optimizer.load_state_dict(own)
+    return state["step"]
+
+
+# ---------------------------------------------------------------- training
+def train(args):
+    rank, world, local_rank = torchrun_ranks()
+    device, dtype = pick_device()
+    if args.batch_size % world:
+        raise UserError(f"--batch-size {args.batch_size} cannot be shared by {world} processes: choose a multiple of {world}")
+    out = Path(args.out)
+    if rank == 0:
+        if not args.resume and (any(out.glob("checkpoint-*")) or (out / "aligner").exists()):
+            raise UserError(f"{out} already holds a training run: add --resume to go on, or choose another --out")
+        out.mkdir(parents=True, exist_ok=True)
+    data = Pairs(args.data, out / "pairs.jsonl", tower_of(args.vlm)[1].image_size, args.resume)
+    n_held_out = min(args.held_out, len(data) // 10)
+    n_train = len(data) - n_held_out  # the last in the order of the index are held out
+    if n_train < 1 or n_held_out < 1:
+        raise UserError(f"{' '.join(args.data)} holds only {len(data)} pairs: training needs at least 10, one of them held out")
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+    t5_tokenizer = pretrained(AutoTokenizer, args.t5)
+    clip = load_clip(args.vlm, device, dtype)
+    t5 = load_t5(args.t5, device, dtype)
+    torch.manual_seed(args.seed)
+    aligner = Aligner(clip.config.hidden_size, t5.config.d_model, norm=args.norm, eps=t5.config.layer_norm_epsilon)
+    aligner.init_norm(t5.encoder.final_layer_norm.weight)
+    aligner.to(device)  # fp32 weights; the products run in bf16 where the hardware has it
+    # one group a parameter, in the module's order, so that optimizer states are saved under the parameters' names
+    optimizer = torch.optim.AdamW([{"params": [p], "weight_decay": args.weight_decay if p.ndim > 1 else 0.0} for p in aligner.parameters()],
+                                  lr=args.lr, betas=BETAS)
+    step = load_checkpoint(out, aligner, optimizer, args) if args.resume else 0
+    model = DistributedDataParallel(aligner, device_ids=[local_rank] if device.type == "cuda" else None) if world > 1 else aligner
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+    if rank == 0:
+        print(f"trains {sum(p.numel() for p in aligner.parameters()):,} parameters on {n_train:,} pairs ({n_held_out:,} held out), "
+              f"{world} x {args.batch_size // world} a step, {device.type} {dtype}".replace("torch.", ""))
+
+    lost, readers = set(), ThreadPoolExecutor(args.workers)
+
+    def read(numbers):
+        """Lets threads read these pairs: [(number, future)]."""
+        return [(i, readers.submit(data.__getitem__, i)) for i in numbers]
+
+    def batch(pairs, positions):
+        """None if no pair of them can be read."""
+        triples, kept = [], []
+        for (i, pair), position in zip(pairs, positions):
+            try:
+                pixels, caption = pair.result()
+            except UserError as e:  # a broken picture, or one that has gone since: leave it out, say so, go on
+                lost.add(i)
+                tqdm.write(f"skipped ({len(lost)} so far): {e}", file=sys.stderr)
+                continue
+            triples.append((pixels, *split(caption, args, position)))
+            kept.append(position)
+        if not triples:
+            return None
+        pixels, ids, first_mask, labels = collate(triples, t5_tokenizer, device)
+        x, t = image_tokens(clip, pixels), encode(t5, ids, first_mask)  # (B, 65, d_vlm), (B, L, d_t5)
+        return x, t, torch.cat([first_mask.new_ones(x.shape[:2]), first_mask], dim=1), labels, kept
+
+    @torch.no_grad()
+    def held_out_loss():
+        total = torch.zeros(2)
+        for at in range(0, n_held_out, args.micro_batch):
+            numbers = range(n_train + at, n_train + min(at + args.micro_batch, n_held_out))
+            if whole := batch(read(numbers), numbers):  # fixed boundaries: the same task at every evaluation
+                x, t, mask, labels, _ = whole
+                with autocast:
+                    total += torch.tensor([float(v) for v in decode_loss(t5, torch.cat([aligner(x), t], dim=1), mask, labels)])
+        return (total[0] / total[1]).item()
+
+    log_file, rows = out / "log.csv", []
+    if rank == 0 and args.resume and log_file.exists():
+        rows = [r for r in csv.DictReader(log_file.open()) if int(r["step"]) <= step]  # what a killed run logged after its checkpoint
+    pipe = load_flux(args.flux, device, dtype) if args.sample_every and rank == 0 else None
+    stream = sample_order(n_train, args.seed, step * args.batch_size)
+    share = args.batch_size // world
+    read_next = lambda: read([next(stream) for _ in range(args.batch_size)][rank * share:(rank + 1) * share])
+    coming = read_next()
+    bar = tqdm(total=args.steps, initial=step, desc="train", disable=rank > 0, unit="step")
+    running, since, seen = [], time.time(), 0
+    while step < args.steps:
+        lr = learning_rate(step, args)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        pairs, coming = coming, read_next()  # the next step's pictures are read during this one
+        positions = range(step * args.batch_size + rank * share, step * args.batch_size + (rank + 1) * share)
+        micro = [batch(pairs[a:a + args.micro_batch], positions[a:a + args.micro_batch]) for a in range(0, share, args.micro_batch)]
+        micro = [whole for whole in micro if whole]
+        if not micro:
+            raise UserError(f"none of the {share} pairs of a step can be read; are the pictures still where {out / 'pairs.jsonl'} says?")
+        count = sum((labels != -100).sum() for *_, labels, _ in micro).float()
+        if world > 1:
+            dist.all_reduce(count)  # the mean is over the tokens of the whole batch, however it is spread
+        loss = torch.zeros((), device=device)
+        for i, (x, t, mask, labels, kept) in enumerate(micro):
+            if world > 1:
+                model.require_backward_grad_sync = i == len(micro) - 1
+            with autocast:
+                memory = model(x)  # Eq. 1: (B, 65, d_t5)
+                if args.memory_noise:
+                    memory = smear(memory, mask[:, :x.shape[1]], kept, t5.encoder.final_layer_norm.weight.float().square().mean().sqrt(), args)
+                memory = torch.cat([memory, t], dim=1)  # Eq. 4: f_cat(AN(x), t), (B, 65 + L, d_t5)
+                part = decode_loss(t5, memory, mask, labels)[0] / count
+            (part * world).backward()  # DDP averages the gradients over the processes; the loss is already their mean
+            loss += part.detach()
+        optimizer.step()
+        optimizer.zero_grad()
+        step, seen = step + 1, seen + args.batch_size
+        running.append(loss)
+
+        if step % args.log_every == 0 or step == args.steps:
+            mean = torch.stack(running).mean()
+            if world > 1:
+                dist.all_reduce(mean)
+            if rank == 0:
+                evaluate = step % args.eval_every == 0 or step == args.steps
+                rate = seen / (time.time() - since)
+                rows.append({"step": step, "loss": f"{mean.item():.6f}", "held_out_loss": f"{held_out_loss():.6f}" if evaluate else "",
+                             "lr": f"{lr:.3e}", "samples_per_s": f"{rate:.1f}"})
+                bar.set_postfix(loss=f"{mean.item():.3f}", lr=f"{lr:.1e}", samples_s=f"{rate:.0f}", refresh=False)
+                if evaluate:
+                    tqdm.write(f"step {step}: loss {rows[-1]['loss']}, held-out {rows[-1]['held_out_loss']}, lr {lr:.2e}, {rate:.0f} samples/s")
+            running, since, seen = [], time.time(), 0
+        if rank == 0:
+            if pipe and step % args.sample_every == 0:  # the same held-out pictures each time, to watch them become pictures again
+                numbers = range(n_train, n_train + min(8, n_held_out))
+                if whole := batch(read(numbers), numbers):
+                    with torch.no_grad():
+                        images = [draw(pipe, aligner(x[None]), [""], [args.seed], args.size, args.sample_steps, 3.5)[0] for x in whole[0]]
+                    write_atomically(out / f"sample-{step:07d}.png", lambda f: side_by_side(images).save(f, "PNG"))
+            if step % args.save_every == 0 or step == args.steps:
+                write_atomically(log_file, lambda f: write_csv(f, rows))
+                save_checkpoint(out, step, aligner, optimizer, args)
+        bar.update()
+    bar.close()
+    if world > 1:
+        dist.destroy_process_group()
+    if rank == 0:
+        plot_log(log_file)
+        shutil.rmtree(out / ".partial", ignore_errors=True)
+        aligner.save_pretrained(out / ".partial")
+        shutil.rmtree(out / "aligner", ignore_errors=True)
+        os.replace(out / ".partial", out / "aligner")
+        print(f"aligner: {out / 'aligner'}   log: {log_file}   curve: {out / 'loss.png'}")
+
+
+# ---------------------------------------------------------------- inference: pictures -> CLIP -> aligner, text -> T5 -> FLUX (Eq. 5)
+def load_cogvideox(path, device, dtype):
+    """CogVideoXPipeline with its T5 encoder; it always reads a text (appendix D)."""
+    pipe = pretrained(CogVideoXPipeline, path, dtype=dtype)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+@torch.no_grad()
+def text_embeds(pipe, texts, max_length):
+    """LLM_E(T) of Eq. 5: the texts through the pipeline's own T5 encoder, padded as it was trained. (B, max_length, d_t5)"""
+    return pipe._get_t5_prompt_embeds(texts, max_sequence_length=max_length)
+
+
+@torch.no_grad()
+def pooled_embeds(pipe, texts):
+    """The texts through FLUX's own CLIP text encoder: (B, d_clip)."""
+    ids = pipe.tokenizer(texts, padding="max_length", truncation=True, max_length=pipe.tokenizer_max_length, return_tensors="pt").input_ids
+    return pipe.text_encoder(ids.to(pipe.device)).pooler_output.to(pipe.transformer.dtype)
+
+
+@torch.no_grad()
+def draw(pipe, prompt_embeds, texts, seeds, size, steps, guidance, true_cfg=1.0):
+    """Pictures from prompt embeddings: prompt_embeds (B, N, d_t5), texts: the B texts in them, "" for none.
+
+    The pooled CLIP embedding is that of the text: a picture speaks through prompt_embeds alone. One seed a picture, so that
+    a picture does not depend on the batch it was drawn in. true_cfg > 1: classifier-free guidance away from the empty prompt
+    (padded to N T5 tokens; the pipeline then needs its T5 encoder). Returns B PIL images of size x size px."""
+    prompt_embeds = prompt_embeds.to(pipe.transformer.dtype)
+    away = {}
+    if true_cfg > 1:
+        empty = text_embeds(pipe, [""], prompt_embeds.shape[1]).expand_as(prompt_embeds)  # (B, N, d_t5)
+        away = {"true_cfg_scale": true_cfg, "negative_prompt_embeds": empty,
+                "negative_pooled_prompt_embeds": pooled_embeds(pipe, [""]).expand(len(texts), -1)}
+    return pipe(prompt_embeds=prompt_embeds, pooled_prompt_embeds=pooled_embeds(pipe, texts), height=size, width=size, num_inference_steps=steps,
+                guidance_scale=guidance, generator=[torch.Generator().manual_seed(s) for s in seeds], **away).images
+
+
+@torch.no_grad()
+def film(pipe, prompt_embeds, seeds, size, frames, steps, guidance):
+    """Videos from prompt embeddings: prompt_embeds (B, 226, d_t5), the length that CogVideoX was trained with; it has no text mask.
+
+    Guidance leads away from the empty prompt, which the pipeline encodes itself. size None: the model's own (720 x 480).
+    Returns B lists of `frames` PIL images."""
+    return pipe(prompt_embeds=prompt_embeds.to(pipe.transformer.dtype), max_sequence_length=prompt_embeds.shape[1], height=size, width=size,
+                num_frames=frames, num_inference_steps=steps, guidance_scale=guidance,
+                generator=[torch.Generator().manual_seed(s) for s in seeds]).frames
+
+
+def compose(pipe, x, weights, text, aligner, args):
+    """f_cat(AN(x_1), AN(x_2), ..., LLM_E(T)) of Eq. 5: x, one (n, d_vlm) a picture, and a text -> (N, d_t5), pictures first.
+
+    FLUX: the text, if any, is padded to --t5-length tokens. CogVideoX: always, to what the pictures leave of its 226 (appendix D).
+    A picture's weight multiplies its aligned tokens. Raises UserError if CogVideoX has no room for the pictures."""
+    with torch.no_grad():
+        prompt = [weight * aligner(x_i[None])[0] for x_i, weight in zip(x, weights)]
+    length = args.t5_length if text else 0
+    if args.decoder == "cogvideox":
+        length = pipe.transformer.config.max_text_seq_length - sum(map(len, prompt))
+        if length < 1:
+            raise UserError(f"{len(x)} pictures are {sum(map(len, prompt))} tokens, but {args.cogvideox} reads "
+                            f"{pipe.transformer.config.max_text_seq_length}: give fewer")
+    return torch.cat([*prompt, text_embeds(pipe, [text], length)[0]] if length else prompt)
+
+
+def read_contexts(args):
+    """The contexts to draw: [{"images", "weights", "text", "out", "names", "seed"}], from --batch or from the command line, and what was skipped.
+
+    Pictures are opened and output names checked here, before any model is loaded."""
+    if args.batch:
+        try:
+            lines = [line for line in Path(args.batch).read_text().splitlines() if line.strip()]
+        except OSError as e:
+            raise UserError(f"cannot read --batch {args.batch}: {e.strerror}") from None
+    else:
+        lines = [None]
+    contexts, skipped = [], []
+    for number, line in enumerate(lines, 1):
+        try:
+            if line is None:
+                item, folder = {"image": args.image, "text": args.text, "image_weight": args.image_weight}, Path()
+                if not (args.image or args.text):
+                    item.update(args.example)
+            else:
+                item, folder = json.loads(line), Path(args.batch).parent
+                if not (item.get("image") or item.get("text")) or not isinstance(item.get("image", []), list):
+                    raise ValueError
+            paths, weights = item.get("image", []), item.get("image_weight") or args.image_weight
+            if weights and len(weights) != len(paths):
+                raise UserError(f"{len(weights)} image weights for {len(paths)} pictures: give one for each, in the same order, or none")
+            images = [open_image(folder / path, max_side=MAX_SIDE) for path in paths]
+            out = Path(item.get("out") or (args.out / f"{number:05d}{ending(args)}" if args.batch else args.out))
+            names = output_names(out, args)
+            if taken := [name for c in contexts for name in c["names"] if name in names]:
+                raise UserError(f"{taken[0]} is the picture of an earlier line")
+            contexts.append({"images": images, "weights": [float(w) for w in weights] or [1.0] * len(images), "text": str(item.get("text", "")),
+                             "paths": [str(path) for path in paths], "out": out, "names": names, "seed": int(item.get("seed", args.seed))})
+        except (UserError, KeyError, TypeError, ValueError, AttributeError) as e:
+            if line is None:
+                raise
+            reason = e if isinstance(e, UserError) else 'not a line like {"image": ["a.png"], "text": "...", "out": "b.png"}'
+            skipped.append(f"{args.batch} line {number}: {reason}")
+    return contexts, skipped
+
+
+def ending(args):
+    """Of a file name that --out does not give."""
+    return ".mp4" if args.decoder == "cogvideox" else ".png"
+
+
+def output_names(out, args):
+    """One file name for each of --num-images pictures; a UserError if one cannot be written or would overwrite something."""
+    names = [out] if args.num_images == 1 else [out.with_name(f"{out.stem}-{k + 1}{out.suffix}") for k in range(args.num_images)]
+    for name in names:
+        if name.suffix.lower() not in ((".mp4",) if args.decoder == "cogvideox" else (".png", ".jpg", ".jpeg", ".webp")):
+            raise UserError(f"--out {name}: end the name in {'.mp4' if args.decoder == 'cogvideox' else '.png, .jpg or .webp'}")
+        if name.exists() and not args.overwrite:
+            raise UserError(f"{name} exists: choose another --out, or add --overwrite")
+        try:
+            name.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise UserError(f"cannot write to {name.parent}: {e.strerror}; choose another --out") from None
+        if not os.access(name.parent, os.W_OK):
+            raise UserError(f"cannot write to {name.parent}: permission denied; choose another --out")
+    return names
+
+
+def save_video(frames, name, fps):
+    """Writes PIL images as an mp4, atomically."""
+    def export(temporary):
+        export_to_video(frames, f"{temporary}.mp4", fps=fps)  # which knows the format by the ending
+        os.replace(f"{temporary}.mp4", temporary)
+    write_atomically(name, export)
+
+
+def generate(args):
+    if not (args.batch or args.image or args.text or args.example):
+        raise UserError("no context: give --image and --text, --batch FILE.jsonl, or --mini for the shipped example")
+    if args.decoder == "cogvideox" and not all(map(importlib.util.find_spec, ("imageio", "imageio_ffmpeg"))):
+        raise UserError("videos need two more packages: pip install imageio==2.38.1 imageio-ffmpeg==0.8.1")
+    if args.decoder == "cogvideox" and args.frames % 4 != 1:
+        raise UserError(f"--frames {args.frames}: CogVideoX makes 4 k + 1 frames, such as {args.frames // 4 * 4 + 1}")
+    if args.out is None:
+        free = (Path("outputs") / f"{k:04d}{ending(args)}" for k in range(1, 10000))
+        args.out = Path("outputs") if args.batch else next(name for name in free if not name.exists())
+    contexts, skipped = read_contexts(args)
+    for line in skipped:
+        print(f"skipped {line}", file=sys.stderr)
+    if not contexts:
+        raise UserError(f"{args.batch} holds no context that can be drawn")
+    device, dtype = pick_device()
+    aligner = None
+    if any(c["images"] for c in contexts):
+        aligner = load_aligner(args.aligner, d_vlm=tower_of(args.vlm)[1].hidden_size).to(device, dtype)
+        clip = load_clip(args.vlm, device, dtype)
+        for c in tqdm(contexts, "see", disable=len(contexts) == 1):
+            pixels = [preprocess(image, clip.config.image_size) for image in c.pop("images")]
+            c["x"] = image_tokens(clip, torch.stack(pixels).to(device)) if pixels else []  # (pictures, 65, d_vlm)
+        del clip  # 2 GB at full size, before FLUX comes
+
+    if args.decoder == "cogvideox":
+        pipe = load_cogvideox(args.cogvideox, device, dtype)
+        d_t5 = pipe.transformer.config.text_embed_dim
+    else:
+        pipe = load_flux(args.flux, device, dtype, t5_encoder=args.true_cfg > 1 or any(c["text"] for c in contexts))
+        d_t5 = pipe.transformer.config.joint_attention_dim
+    if aligner and aligner.d_t5 != d_t5:
+        raise UserError(f"aligner {args.aligner} makes prompts of width {aligner.d_t5}, but "
+                        f"{args.cogvideox if args.decoder == 'cogvideox' else args.flux} wants {d_t5}")
+    jobs = []  # (prompt (N, d_t5), seed, name, context)
+    for c in contexts:
+        try:
+            prompt = compose(pipe, c.get("x", []), c["weights"], c["text"], aligner, args)
+        except UserError as e:
+            if not args.batch:
+                raise
+            skipped.append(f"{c['out']}: {e}")
+            print(f"skipped {skipped[-1]}", file=sys.stderr)
+            continue
+        jobs += [(prompt, c["seed"] + k, name, c) for k, name in enumerate(c["names"])]
+    bar = tqdm(total=len(jobs), desc="draw", unit="picture", disable=len(jobs) == 1)
+    for same in equal_lengths(jobs, args.batch_size):
+        prompts, seeds = torch.stack([job[0] for job in same]), [job[1] for job in same]
+        if args.decoder == "cogvideox":
+            images = film(pipe, prompts, seeds, args.size, args.frames, args.steps, args.guidance)
+        else:
+            images = draw(pipe, prompts, [job[3]["text"] for job in same], seeds, args.size, args.steps, args.guidance, args.true_cfg)
+        for image, (_, seed, name, c) in zip(images, same):
+            if args.decoder == "cogvideox":
+                save_video(image, name, args.fps)
+            else:
+                note = PngInfo()
+                note.add_text("thinkdiff", json.dumps({"images": c["paths"], "weights": c["weights"], "text": c["text"], "seed": seed,
+                                                       "aligner": str(args.aligner)}))
+                options = {"pnginfo": note} if name.suffix.lower() == ".png" else {}
+                write_atomically(name, lambda f: image.save(f, {".png": "PNG", ".webp": "WEBP"}.get(name.suffix.lower(), "JPEG"), **options))
+            bar.update()
+    bar.close()
+    if args.batch:
+        print(f"drew {len(jobs)} pictures, skipped {len(skipped)} lines of {args.batch}")
+    else:
+        print("picture:", *contexts[0]["names"])
+
+
+# ---------------------------------------------------------------- command line
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    shown = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter}
+    example = {"image": [f"{REPO}/mini/example/blue_car.png"], "text": "a hat"}
+
+    p = commands.add_parser("train", help="train the aligner on pictures with captions", **shown)
+    p.set_defaults(run=train)
+    p.add_argument("--data", nargs="+", default=["data/cc3m", "data/cc12m", "data/sbu"], metavar="SOURCE",
+                   help="folders (of KEY.jpg and KEY.txt, or of tars), WebDataset tars, brace patterns of them")
+    p.add_argument("--out", default="runs/clip", help="folder for checkpoints, log.csv, loss.png and the final aligner")
+    p.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out, bit for bit as if never stopped")
+    p.add_argument("--vlm", default="Salesforce/blip2-flan-t5-xxl", help="BLIP-2 or CLIP; only its vision tower is loaded")
+    p.add_argument("--t5", default=MODELS["t5"], help="T5 encoder-decoder")
+    p.add_argument("--steps", type=positive, default=100000, help="optimiser steps")
+    p.add_argument("--batch-size", type=positive, default=168, help="pairs a step, over all processes")
+    p.add_argument("--micro-batch", type=positive, default=42, help="pairs a process holds in memory at once")
+    p.add_argument("--workers", type=positive, default=8, help="threads a process reads pictures with")
+    p.add_argument("--lr", type=float, default=1e-4, help="peak learning rate")
+    p.add_argument("--lr-end", type=float, default=8e-5, help="learning rate at the end of the cosine")
+    p.add_argument("--lr-horizon", type=positive, default=200000, help="step at which the cosine ends (the released code's)")
+    p.add_argument("--warmup", type=int, default=2000, help="steps of linear warm-up from 1e-6")
+    p.add_argument("--weight-decay", type=float, default=0.05, help="AdamW's, on matrices (paper: 0.05); a larger one removes what the random "
+                   "initialisation left in directions that T5's decoder ignores and FLUX does not")
+    p.add_argument("--memory-noise", type=float, default=0.0, help="beyond the paper (0): noise on the aligner's output in training, up to so many "
+                   "times the RMS of T5's encoder norm, for features nearer to T5's own")
+    p.add_argument("--masking", choices=("random", "none"), default="random", help="random first words in, rest as target; none: no words in, all as target")
+    p.add_argument("--norm", choices=NORMS, default="t5", help="aligner's RMSNorm: started from T5's, default (1), or none (Fig. 7)")
+    p.add_argument("--held-out", type=positive, default=512, help="pairs kept for the held-out loss (at most a tenth)")
+    p.add_argument("--log-every", type=positive, default=10, help="steps between rows of log.csv")
+    p.add_argument("--eval-every", type=positive, default=500, help="steps between held-out losses (a multiple of --log-every)")
+    p.add_argument("--save-every", type=positive, default=500, help="steps between checkpoints")
+    p.add_argument("--keep", type=positive, default=2, help="checkpoints kept")
+    p.add_argument("--sample-every", type=int, default=0, help="steps between pictures that FLUX draws from held-out pictures; 0: never")
+    p.add_argument("--sample-steps", type=positive, default=28, help="FLUX steps of those pictures")
+    p.add_argument("--flux", default=MODELS["flux"], help="only for --sample-every")
+    p.add_argument("--size", type=positive, default=1024, help="only for --sample-every: px")
+    p.add_argument("--seed", type=int, default=0, help="of initialisation, order of pairs and caption boundaries")
+    # a world of 200 words is learned in far fewer steps than English, at a higher rate
+    mini_flag(p, vlm=f"{REPO}/mini/clip", t5=MINI["t5"], flux=MINI["flux"], data=["data/mini"], out="runs/mini-clip", steps=1500, batch_size=64,
+              micro_batch=64, workers=2, lr=2e-3, lr_end=2e-4, lr_horizon=1500, warmup=50, eval_every=100, save_every=100, size=64)
+
+    decoder = argparse.ArgumentParser(add_help=False)  # read first: other defaults hang on it
+    decoder.add_argument("--decoder", choices=("flux", "cogvideox"), default="flux", help="what draws: FLUX a picture, CogVideoX a video")
+    decoder.add_argument("--video", dest="decoder", action="store_const", const="cogvideox", default=argparse.SUPPRESS,
+                         help="short for --decoder cogvideox (with --help: show its defaults)")
+    p = commands.add_parser("generate", help="draw or film what pictures and a text compose", parents=[decoder], **shown)
+    p.set_defaults(run=generate, example={})
+    p.add_argument("--image", action="append", default=[], help="a picture of the context (repeat): its tokens come in the order given")
+    p.add_argument("--text", default="", help="the text of the context, after the pictures")
+    p.add_argument("--image-weight", action="append", type=float, default=[], help="how much a picture counts, one for each --image in the same "
+                   "order. 1, and no such flag, is the paper's method. Any other number multiplies that picture's aligned tokens before FLUX reads "
+                   "them, for which FLUX was never trained: a smaller one tends to leave more say to the rest of the prompt, nothing is promised, "
+                   "and 0 leaves zeros in the picture's place, which is not the same as leaving the picture out")
+    p.add_argument("--batch", metavar="FILE.jsonl", help='contexts, one a line: {"image": ["a.png", "b.png"], "text": "..", "out": "c.png"}, optionally '
+                   '"image_weight" (a list) and "seed"; paths of pictures are relative to the file')
+    p.add_argument("--out", type=Path, help="picture to write (with --batch: folder); default: the next free outputs/NNNN.png, or .mp4")
+    p.add_argument("--overwrite", action="store_true", help="allow to replace existing pictures")
+    p.add_argument("--vlm", default="Salesforce/blip2-flan-t5-xxl", help="BLIP-2 or CLIP, path or hub name; only its vision tower is loaded")
+    p.add_argument("--aligner", default="runs/clip/aligner", help="folder, hub name, or the authors' thinkdiff_clip.pth")
+    p.add_argument("--flux", default=MODELS["flux"], help="FLUX path or hub name")
+    p.add_argument("--cogvideox", default="THUDM/CogVideoX-5b", help="CogVideoX path or hub name (--video)")
+    p.add_argument("--seed", type=int, default=0, help="of the first picture; the next ones count up")
+    p.add_argument("--steps", type=positive, default=28, help="FLUX or CogVideoX steps")
+    p.add_argument("--guidance", type=float, default=3.5, help="FLUX's distilled guidance (the miniature FLUX has none and ignores it), or CogVideoX's, "
+                   "away from the empty prompt")
+    p.add_argument("--true-cfg", type=float, default=1.0, help="classifier-free guidance away from the empty prompt, at twice the cost; 1: none, as "
+                   "FLUX.1-dev has its guidance built in (FLUX only)")
+    p.add_argument("--size", type=positive, default=1024, help="px; a video is 720 x 480 without it")
+    p.add_argument("--frames", type=positive, default=49, help="of a video: 4 k + 1")
+    p.add_argument("--fps", type=positive, default=8, help="frames a second of a video")
+    p.add_argument("--num-images", type=positive, default=1, help="pictures a context, with seeds counting up")
+    p.add_argument("--batch-size", type=positive, default=1, help="pictures computed together")
+    p.add_argument("--t5-length", type=positive, default=128, help="T5 tokens the text is padded to (FLUX; CogVideoX: what the pictures leave of 226)")
+    if decoder.parse_known_args()[0].decoder == "cogvideox":
+        p.set_defaults(steps=50, guidance=6.0, size=None)  # appendix D
+    mini_flag(p, vlm=f"{REPO}/mini/clip", flux=MINI["flux"], aligner=f"{REPO}/mini/aligner-clip", size=64, true_cfg=3.0, batch_size=32, t5_length=48,
+              example=example)
+
+    args = parser.parse_args()
+    args.run(args)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -79,12 +79,17 @@ def noun_phrase(rng, detail, value, noun):
     return _fill(rng.choice(NOUN_PHRASES[detail]), detail, value, noun)
 
 
-def sentence(rng, detail, value, noun, frames=None):
-    """One sentence that names noun and value, with capital and full stop. `frames`: DESCRIBE, CREATE or None for any."""
+def sentence(rng, detail, value, noun, frames=None, settled=False):
+    """One sentence that names noun and value, with capital and full stop. `frames`: DESCRIBE, CREATE or None for any.
+
+    settled: the beginning (`This image shows`) decides the paraphrase, so that whoever has begun a sentence knows its next word."""
     if frames is None and rng.random() < 0.4:
         text = _fill(rng.choice(CLAUSES[detail]), detail, value, noun)
     else:
-        text = rng.choice(frames or DESCRIBE).format(n=noun_phrase(rng, detail, value, noun))
+        frame = rng.choice(frames or DESCRIBE)
+        phrases = NOUN_PHRASES[detail]
+        phrase = phrases[(DESCRIBE + CREATE).index(frame) % len(phrases)] if settled else rng.choice(phrases)
+        text = frame.format(n=_fill(phrase, detail, value, noun))
     return text[0].upper() + text[1:] + "."
 
 

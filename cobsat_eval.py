@@ -43,7 +43,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, CLIPModel, CLIPProcessor
 
 from aligner import load_aligner
-from common import (MINI, MODELS, REPO, UserError, mini_flag, open_image, pick_device, positive, pretrained, run, torchrun_ranks,
+from common import (MINI, MODELS, UserError, mini_flag, open_image, pick_device, positive, pretrained, run, torchrun_ranks,
                     write_atomically, write_json)
 from prepare_data import encode_messages, generate_with_features, load_vlm
 from thinkdiff_lvlm import INSTRUCTION, context_message, draw, equal_lengths, load_flux, relay_embeds
@@ -690,7 +690,6 @@ def shot_count(text):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    mini_clip = f"{REPO}/mini/clip"
     for name, function, about in (("run", run_all, "generate, judge and table in one go"), ("generate", generate, "draw the answers"),
                                   ("judge", judge, "judge pictures in the benchmark's layout"), ("table", table, "tables and report from the verdicts")):
         p = commands.add_parser(name, help=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -730,7 +729,7 @@ def main():
         if name in ("run", "table"):
             p.add_argument("--gallery", type=positive, default=100, help="prompts of each task and shot count shown in report.html")
         mini = {"out": Path("results/mini"), "scale": "miniature", "limit": 100, "batch_size": 32, "vlm": MINI["vlm"], "flux": MINI["flux"],
-                "aligner": MINI["aligner"], "size": 64, "true_cfg": 3.0, "t5_length": 48, "judge_vlm": MINI["vlm"], "judge_clip": mini_clip}
+                "aligner": MINI["aligner"], "size": 64, "true_cfg": 3.0, "t5_length": 48, "judge_vlm": MINI["vlm"], "judge_clip": MINI["clip"]}
         mini_flag(p, **mini)
 
     args = parser.parse_args()

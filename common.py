@@ -19,7 +19,8 @@ from safetensors import SafetensorError
 # ---------------------------------------------------------------- models
 REPO = Path(__file__).resolve().parent
 MODELS = {"vlm": "Qwen/Qwen2-VL-7B-Instruct", "t5": "google/flan-t5-xxl", "flux": "black-forest-labs/FLUX.1-dev"}
-MINI = {"vlm": f"{REPO}/mini/qwen2-vl", "t5": f"{REPO}/mini/t5", "flux": f"{REPO}/mini/flux", "aligner": f"{REPO}/mini/aligner-lvlm"}
+MINI = {"vlm": f"{REPO}/mini/qwen2-vl", "t5": f"{REPO}/mini/t5", "flux": f"{REPO}/mini/flux", "aligner": f"{REPO}/mini/aligner-lvlm",
+        "clip": f"{REPO}/mini/clip", "aligner-clip": f"{REPO}/mini/aligner-clip"}
 
 
 def mini_flag(parser, **defaults):

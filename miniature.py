@@ -112,6 +112,9 @@ def check(args):
     if "lvlm" in args.parts or not args.parts:
         results["lvlm"] = check_lvlm(args.aligner, args.count)
         print("lvlm", json.dumps(results["lvlm"], indent=1), flush=True)
+    if "compose" in args.parts or not args.parts:
+        results["compose"] = check_compose(args.clip_aligner, args.count)
+        print("compose", json.dumps(results["compose"], indent=1), flush=True)
     if args.json:
         write_json(args.json, {"count": args.count, **results})
 
@@ -137,6 +140,14 @@ def contexts(count, seed):
                 parts.append(("image", Image.fromarray(held_out(PAIRS.index(kind), rng.randrange(10 ** 5)))))
         out.append((parts, kinds[-1]))
     return out
+
+
+def sheet_of(images):
+    """Pictures on one page, 20 a row."""
+    sheet = Image.new("RGB", (20 * SIZE, -(-len(images) // 20) * SIZE))
+    for i, image in enumerate(images):
+        sheet.paste(image, (i % 20 * SIZE, i // 20 * SIZE))
+    return sheet
 
 
 def check_lvlm(aligner_path, count, seed=0, batch=50, steps=28, guidance=3.0):
@@ -171,15 +182,52 @@ def check_lvlm(aligner_path, count, seed=0, batch=50, steps=28, guidance=3.0):
             bar.update(len(same))
         seen = clip.judge(*judge, images, [kind[0] for _, kind in asked])
         right[name] = [pair == kind[1:] for pair, (_, kind) in zip(seen, asked)]
-        sheet = Image.new("RGB", (20 * SIZE, -(-count // 20) * SIZE))
-        for i, image in enumerate(images):
-            sheet.paste(image, (i % 20 * SIZE, i // 20 * SIZE))
-        write_atomically(f"outputs/check-{name}.png", lambda temporary: sheet.save(temporary, "PNG"))
+        write_atomically(f"outputs/check-{name}.png", lambda temporary: sheet_of(images).save(temporary, "PNG"))
     both = [a and b for a, b in zip(right["relay"], right["thinkdiff"])]
     result = {name: round(sum(values) / count, 4) for name, values in right.items()}
     result["thinkdiff of relay"] = round(sum(both) / max(1, sum(right["relay"])), 4)
     for k, detail in enumerate(DETAILS):
         result[detail] = {name: round(sum(values[k::5]) / len(values[k::5]), 4) for name, values in right.items()}
+    return {**result, "n": count, "aligner": str(aligner_path)}
+
+
+def check_compose(aligner_path, count, seed=0, batch=50, steps=28, guidance=3.0):
+    """ThinkDiff-CLIP on held-out pictures, judged by the mini CLIP: {name: shares}.
+
+    I: a picture alone, redrawn with its noun and its value. I + T: with the text "a NOUN" of another noun; `noun` counts where
+    that noun is drawn, `value` where the picture's value is. Beside it the picture alone and the text alone by the same two counts."""
+    import torch
+    import thinkdiff_clip as t
+    from aligner import load_aligner
+    from standins import clip
+    from standins.pictures import held_out
+    rng, tower = random.Random(seed), t.load_clip(MINI["clip"], "cpu", torch.float32)
+    kinds = [PAIRS[i % len(PAIRS)] for i in rng.sample(range(max(count, len(PAIRS))), count)]
+    others = [rng.choice([noun for noun in NOUNS[detail] if noun != own]) for detail, _, own in kinds]
+    aligner, pipe, judge = load_aligner(aligner_path), t.load_flux(MINI["flux"], "cpu", torch.float32, t5_encoder=True), clip.load(REPO / "mini")
+    pictures = [Image.fromarray(held_out(PAIRS.index(kind), rng.randrange(10 ** 5))) for kind in kinds]
+    result = {}
+    for name, texts, nouns in (("I", None, [kind[2] for kind in kinds]), ("I + T", others, others), ("I, as I + T is counted", None, others),
+                               ("T alone", others, others)):
+        if name != "I, as I + T is counted":  # the pictures of I
+            images, bar = [], tqdm(total=count, desc=f"drawing {name}")
+            for at in range(0, count, batch):
+                part = range(at, min(at + batch, count))
+                words = [f"a {texts[i]}" if texts else "" for i in part]
+                with torch.no_grad():
+                    x = t.image_tokens(tower, torch.stack([t.preprocess(pictures[i], tower.config.image_size) for i in part]))
+                    prompt = [*([aligner(x)] if name != "T alone" else []), *([t.text_embeds(pipe, words, 48)] if texts else [])]
+                images += t.draw(pipe, torch.cat(prompt, 1), words, list(part), SIZE, steps, 3.5, guidance)
+                bar.update(len(part))
+            seen = clip.judge(*judge, images, [kind[0] for kind in kinds])
+            if name == "I":
+                redrawn = seen
+        else:
+            seen = redrawn
+        right = [(s[1] == noun, s[0] == kind[1], s == (kind[1], noun)) for s, noun, kind in zip(seen, nouns, kinds)]
+        share = lambda rows: dict(zip(("noun", "value", "both"), (round(sum(column) / len(rows), 4) for column in zip(*rows))))
+        result[name] = {**share(right), **{d: share([r for r, kind in zip(right, kinds) if kind[0] == d]) for d in DETAILS}}
+        write_atomically(f"outputs/check-{name.split(',')[0].replace(' ', '')}.png", lambda temporary: sheet_of(images[:200]).save(temporary, "PNG"))
     return {**result, "n": count, "aligner": str(aligner_path)}
 
 
@@ -203,9 +251,10 @@ def main():
     p.add_argument("parts", nargs="*", choices=PARTS, metavar="PART", help=f"any of {', '.join(PARTS)} (none: all)")
     p.set_defaults(run=train)
     p = commands.add_parser("check", help="accuracy of the stand-ins on held-out pictures", **shown)
-    p.add_argument("parts", nargs="*", choices=("t5", "clip", "vlm", "flux", "lvlm"), metavar="PART",
-                   help="t5, clip, vlm, flux, or lvlm for the whole chain (none: all)")
+    p.add_argument("parts", nargs="*", choices=("t5", "clip", "vlm", "flux", "lvlm", "compose"), metavar="PART",
+                   help="t5, clip, vlm, flux; lvlm: all of ThinkDiff-LVLM; compose: of ThinkDiff-CLIP (none: all)")
     p.add_argument("--aligner", default=MINI["aligner"], help="for lvlm")
+    p.add_argument("--clip-aligner", default=MINI["aligner-clip"], help="for compose")
     p.add_argument("--count", type=positive, default=500, help="questions or pictures of each sort")
     p.add_argument("--json", help="also write the figures to this file")
     p.set_defaults(run=check)

@@ -699,7 +699,7 @@ def main():
     p.add_argument("--size", type=positive, default=1024, help="only for --sample-every: px")
     p.add_argument("--seed", type=int, default=0, help="of initialisation, order of pairs and caption boundaries")
     # a world of 200 words is learned in far fewer steps than English, at a higher rate
-    mini_flag(p, vlm=f"{REPO}/mini/clip", t5=MINI["t5"], flux=MINI["flux"], data=["data/mini"], out="runs/mini-clip", steps=1500, batch_size=64,
+    mini_flag(p, vlm=MINI["clip"], t5=MINI["t5"], flux=MINI["flux"], data=["data/mini"], out="runs/mini-clip", steps=1500, batch_size=64,
               micro_batch=64, workers=2, lr=2e-3, lr_end=2e-4, lr_horizon=1500, warmup=50, eval_every=100, save_every=100, size=64)
 
     decoder = argparse.ArgumentParser(add_help=False)  # read first: other defaults hang on it
@@ -736,7 +736,7 @@ def main():
     p.add_argument("--t5-length", type=positive, default=128, help="T5 tokens the text is padded to (FLUX; CogVideoX: what the pictures leave of 226)")
     if decoder.parse_known_args()[0].decoder == "cogvideox":
         p.set_defaults(steps=50, guidance=6.0, size=None)  # appendix D
-    mini_flag(p, vlm=f"{REPO}/mini/clip", flux=MINI["flux"], aligner=f"{REPO}/mini/aligner-clip", size=64, true_cfg=3.0, batch_size=32, t5_length=48,
+    mini_flag(p, vlm=MINI["clip"], flux=MINI["flux"], aligner=MINI["aligner-clip"], size=64, true_cfg=3.0, batch_size=32, t5_length=48,
               example=example)
 
     args = parser.parse_args()

@@ -188,7 +188,7 @@ def check_lvlm(aligner_path, count, seed=0, batch=50, steps=28, guidance=3.0):
     result["thinkdiff of relay"] = round(sum(both) / max(1, sum(right["relay"])), 4)
     for k, detail in enumerate(DETAILS):
         result[detail] = {name: round(sum(values[k::5]) / len(values[k::5]), 4) for name, values in right.items()}
-    return {**result, "n": count, "aligner": str(aligner_path)}
+    return {**result, "n": count, "aligner": os.path.relpath(aligner_path, REPO)}
 
 
 def check_compose(aligner_path, count, seed=0, batch=50, steps=28, guidance=3.0):
@@ -228,7 +228,7 @@ def check_compose(aligner_path, count, seed=0, batch=50, steps=28, guidance=3.0)
         share = lambda rows: dict(zip(("noun", "value", "both"), (round(sum(column) / len(rows), 4) for column in zip(*rows))))
         result[name] = {**share(right), **{d: share([r for r, kind in zip(right, kinds) if kind[0] == d]) for d in DETAILS}}
         write_atomically(f"outputs/check-{name.split(',')[0].replace(' ', '')}.png", lambda temporary: sheet_of(images[:200]).save(temporary, "PNG"))
-    return {**result, "n": count, "aligner": str(aligner_path)}
+    return {**result, "n": count, "aligner": os.path.relpath(aligner_path, REPO)}
 
 
 # ---------------------------------------------------------------- command line

@@ -266,6 +266,10 @@ def assemble(build, mini):
     for part in ("text_encoder", "text_encoder_2"):  # transformers loads in the dtype its config names; diffusers in fp32 by default
         config = json.loads((fresh / part / "config.json").read_text())
         (fresh / part / "config.json").write_text(json.dumps(config | {"dtype": "float32"}, indent=2))
+    for part in ("transformer", "vae"):  # where they were built is nobody's business
+        config = json.loads((fresh / part / "config.json").read_text())
+        config.pop("_name_or_path", None)
+        (fresh / part / "config.json").write_text(json.dumps(config, indent=2))
     quiet_config(fresh / "vae/config.json")
     publish(fresh, out)
     print(f"{out}: {sum(f.stat().st_size for f in out.rglob('*') if f.is_file()) / 1e6:.1f} MB")

@@ -591,11 +591,13 @@ def bar_chart(scores, shots):
     """An inline SVG: for each task and for the mean, a bar a method with its 95 % interval."""
     names = [task for task in [*(TASKS[t][0] for t in COLUMNS), "mean"] if any(task in by.get(shots, {}) for by in scores.values())]
     methods = [method for method in scores if shots in scores[method]]
-    wide, high, bar = 1180, 240, min(60, 1180 / len(names) * 0.8 / len(methods))
+    wide, high, margin = 1180, 240, 34  # the margin keeps the scale's numbers clear of the bars
+    step = (wide - margin) / len(names)
+    bar = min(60, step * 0.8 / len(methods))
     y = lambda share: 20 + high * (1 - share)
     out = [f'<text x="4" y="{y(s) - 3}" fill="#777">{s}</text><line x1="0" x2="{wide}" y1="{y(s)}" y2="{y(s)}" stroke="#ddd"/>' for s in (0, 0.25, 0.5, 0.75, 1)]
     for i, name in enumerate(names):
-        left = wide / len(names) * (i + 0.5) - bar * len(methods) / 2
+        left = margin + step * (i + 0.5) - bar * len(methods) / 2
         out.append(f'<text x="{left + bar * len(methods) / 2}" y="{high + 38}" text-anchor="middle">{name}</text>')
         for j, method in enumerate(methods):
             if cell := scores[method][shots].get(name):

@@ -206,28 +206,29 @@ def check_compose(aligner_path, count, seed=0, batch=50, steps=28, guidance=3.0)
     others = [rng.choice([noun for noun in NOUNS[detail] if noun != own]) for detail, _, own in kinds]
     aligner, pipe, judge = load_aligner(aligner_path), t.load_flux(MINI["flux"], "cpu", torch.float32, t5_encoder=True), clip.load(REPO / "mini")
     pictures = [Image.fromarray(held_out(PAIRS.index(kind), rng.randrange(10 ** 5))) for kind in kinds]
-    result = {}
-    for name, texts, nouns in (("I", None, [kind[2] for kind in kinds]), ("I + T", others, others), ("I, as I + T is counted", None, others),
-                               ("T alone", others, others)):
-        if name != "I, as I + T is counted":  # the pictures of I
-            images, bar = [], tqdm(total=count, desc=f"drawing {name}")
-            for at in range(0, count, batch):
-                part = range(at, min(at + batch, count))
-                words = [f"a {texts[i]}" if texts else "" for i in part]
-                with torch.no_grad():
-                    x = t.image_tokens(tower, torch.stack([t.preprocess(pictures[i], tower.config.image_size) for i in part]))
-                    prompt = [*([aligner(x)] if name != "T alone" else []), *([t.text_embeds(pipe, words, 48)] if texts else [])]
-                images += t.draw(pipe, torch.cat(prompt, 1), words, list(part), SIZE, steps, 3.5, guidance)
-                bar.update(len(part))
-            seen = clip.judge(*judge, images, [kind[0] for kind in kinds])
-            if name == "I":
-                redrawn = seen
-        else:
-            seen = redrawn
+    share = lambda rows: dict(zip(("noun", "value", "both"), (round(sum(column) / len(rows), 4) for column in zip(*rows))))
+
+    def counted(seen, nouns):
         right = [(s[1] == noun, s[0] == kind[1], s == (kind[1], noun)) for s, noun, kind in zip(seen, nouns, kinds)]
-        share = lambda rows: dict(zip(("noun", "value", "both"), (round(sum(column) / len(rows), 4) for column in zip(*rows))))
-        result[name] = {**share(right), **{d: share([r for r, kind in zip(right, kinds) if kind[0] == d]) for d in DETAILS}}
-        write_atomically(f"outputs/check-{name.split(',')[0].replace(' ', '')}.png", lambda temporary: sheet_of(images[:200]).save(temporary, "PNG"))
+        return {**share(right), **{d: share([r for r, kind in zip(right, kinds) if kind[0] == d]) for d in DETAILS}}
+
+    result = {}
+    for name in ("I", "I + T", "T alone"):
+        images, bar = [], tqdm(total=count, desc=f"drawing {name}")
+        for at in range(0, count, batch):
+            part = range(at, min(at + batch, count))
+            words = ["" if name == "I" else f"a {others[i]}" for i in part]
+            with torch.no_grad():
+                x = t.image_tokens(tower, torch.stack([t.preprocess(pictures[i], tower.config.image_size) for i in part]))  # (B, 17, d_vlm)
+                prompt = [*([aligner(x)] if name != "T alone" else []), *([t.text_embeds(pipe, words, 48)] if name != "I" else [])]
+            images += t.draw(pipe, torch.cat(prompt, 1), words, list(part), SIZE, steps, 3.5, guidance)
+            bar.update(len(part))
+        seen = clip.judge(*judge, images, [kind[0] for kind in kinds])
+        if name == "I":
+            result["I"], result["I, as I + T is counted"] = counted(seen, [kind[2] for kind in kinds]), counted(seen, others)
+        else:
+            result[name] = counted(seen, others)
+        write_atomically(f"outputs/check-{name.replace(' ', '')}.png", lambda temporary: sheet_of(images[:200]).save(temporary, "PNG"))
     return {**result, "n": count, "aligner": os.path.relpath(aligner_path, REPO)}
 
 

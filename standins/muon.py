@@ -1,4 +1,4 @@
-"""Muon, which trains the stand-ins in a third of AdamW's steps: a vision tower knew 86 % of the nouns after 450 steps, with AdamW 40 %."""
+"""Muon for the stand-ins: with it the VLM's vision tower knew 86 % of the held-out nouns after 450 steps of 64 pictures, with AdamW 40 %."""
 import torch
 
 

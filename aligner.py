@@ -26,16 +26,17 @@ class Aligner(nn.Module, PyTorchModelHubMixin):
     """Two linear layers with GELU and an RMSNorm, applied to every token by itself (Eq. 1).
 
     d_vlm, d_t5: widths of the VLM's features and of T5. eps: the T5 config's `layer_norm_epsilon`.
+    hidden: width between the two linear layers; None is the paper's, d_t5.
     norm: "t5" (weight to be set with `init_norm`), "default" (weight stays 1) or "none" (no norm at all).
     The hub mixin adds `save_pretrained`, `from_pretrained` and `push_to_hub` (safetensors + JSON).
     """
 
-    def __init__(self, d_vlm: int, d_t5: int, norm: str = "t5", eps: float = 1e-6):
+    def __init__(self, d_vlm: int, d_t5: int, norm: str = "t5", eps: float = 1e-6, hidden: int | None = None):
         super().__init__()
         if norm not in NORMS:
             raise ValueError(f"norm must be one of {NORMS}, not {norm!r}")
         self.d_vlm, self.d_t5, self.norm = d_vlm, d_t5, norm
-        layers = [nn.Linear(d_vlm, d_t5), nn.GELU(), nn.Linear(d_t5, d_t5)]
+        layers = [nn.Linear(d_vlm, hidden or d_t5), nn.GELU(), nn.Linear(hidden or d_t5, d_t5)]
         # nn.RMSNorm is T5's layer norm: no mean subtraction, no bias
         self.net = nn.Sequential(*layers, *([] if norm == "none" else [nn.RMSNorm(d_t5, eps=eps)]))
 
@@ -95,7 +96,7 @@ def load_aligner(path, d_vlm=None, d_t5=None):
     elif os.path.isdir(path) and not all(os.path.exists(os.path.join(path, f)) for f in ("config.json", "model.safetensors")):
         raise UserError(f"{path} holds no aligner (config.json and model.safetensors): give the folder that `train` wrote")
     elif os.path.sep in path and path.count("/") != 1 and not os.path.exists(path):
-        raise UserError(f"no aligner at {path}: train one with `python thinkdiff_lvlm.py train`, or give a folder, a hub name or a .pth file")
+        raise UserError(f"no aligner at {path}: train one with thinkdiff_lvlm.py or thinkdiff_clip.py, or give a folder, a hub name or a .pth file")
     else:
         try:
             with contextlib.redirect_stdout(None):  # the mixin announces local folders

@@ -45,8 +45,9 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from aligner import load_aligner
 from common import (MINI, MODELS, UserError, mini_flag, open_image, pick_device, positive, pretrained, run, torchrun_ranks,
                     write_atomically, write_json)
+from drawing import drawing_flags, drawing_options, equal_lengths, vlm_options
 from prepare_data import encode_messages, generate_with_features, load_vlm
-from thinkdiff_lvlm import INSTRUCTION, context_message, draw, equal_lengths, load_flux, relay_embeds
+from thinkdiff_lvlm import INSTRUCTION, context_message, draw, load_flux, text_embeds
 from world import CREATE, DETAILS, NOUNS, PAIRS, sentence, shown
 
 # ---------------------------------------------------------------- constants (protocol section 6)
@@ -200,7 +201,7 @@ def think(args, mine):
     if not batches:
         return
     device, dtype = pick_device()
-    model, processor = load_vlm(args.vlm, device, dtype)
+    model, processor = load_vlm(args.vlm, device, dtype, **vlm_options(args.quantize))
     picture = functools.lru_cache(64)(lambda name: open_image(args.images / name))
     bar = tqdm(total=sum(map(len, batches)), desc="think", unit="prompt", disable=torchrun_ranks()[0] != 0)
     for batch in batches:
@@ -229,14 +230,14 @@ def read_thought(args, p):
 
 def generate(args):
     """`generate`: pictures and their JSON for each method, shot count and task, this rank's share of them."""
-    mine = chosen(args)
+    options, mine = drawing_options(args), chosen(args)
     need_references(args, {name for p in mine for name in p.pictures})
     rank, world, _ = torchrun_ranks()
     mine = mine[rank::world]
     thinking = {"vlm": fingerprint(args.vlm), "instruction": INSTRUCTION, "max_new_tokens": args.max_new_tokens,
-                "images": fingerprint(args.images / "datasets")}
+                "images": fingerprint(args.images / "datasets"), **({"quantize": True} if args.quantize else {})}
     drawing = {"scale": args.scale, "flux": fingerprint(args.flux), "size": args.size, "steps": args.steps, "guidance": args.guidance,
-               "true_cfg": args.true_cfg, "seed": args.seed}
+               "true_cfg": args.true_cfg, "seed": args.seed, **{name: options[name] for name in ("quantize", "cache") if options[name]}}
     own = {"thinkdiff": {**thinking, "aligner": fingerprint(args.aligner)}, "relay": {**thinking, "t5_length": args.t5_length},
            "oracle": {"t5_length": args.t5_length}}
     for method in args.method:  # all of them before any work is done
@@ -258,7 +259,7 @@ def generate(args):
         batches = [[p for _, p in same] for same in equal_lengths(jobs, args.batch_size)]
         batches = [batch for batch in batches if not all(drawn(args, method, p) for p in batch)]  # one with a gap is drawn again whole, as in think
         if batches and not pipe:
-            pipe = load_flux(args.flux, device, dtype, t5_encoder=args.true_cfg > 1 or set(args.method) != {"thinkdiff"})
+            pipe = load_flux(args.flux, device, dtype, t5_encoder=args.true_cfg > 1 or set(args.method) != {"thinkdiff"}, **options)
         if batches and method == "thinkdiff":
             aligner = load_aligner(args.aligner, d_t5=pipe.transformer.config.joint_attention_dim).to(device, dtype)
         bar = tqdm(total=sum(map(len, batches)), desc=f"draw {method}", unit="picture", disable=rank != 0 or not batches)
@@ -269,8 +270,8 @@ def generate(args):
                 with torch.no_grad():
                     prompt = aligner(torch.stack([x for x, _, _ in thoughts]).to(device, dtype))  # (B, n, d_t5)
             else:
-                prompt = relay_embeds(pipe, [words for _, words, _ in thoughts], args.t5_length)  # (B, t5_length, d_t5)
-            images = draw(pipe, prompt, [args.seed + p.number for p in batch], args.size, args.steps, args.guidance, args.true_cfg)
+                prompt = text_embeds(pipe, [words for _, words, _ in thoughts], args.t5_length)  # (B, t5_length, d_t5)
+            images = draw(pipe, prompt, [""] * len(batch), [args.seed + p.number for p in batch], args.size, args.steps, args.guidance, args.true_cfg)
             seconds = (time.time() - began) / len(batch)
             for p, image, (_, words, thought) in zip(batch, images, thoughts):
                 file = picture_file(args, method, p)
@@ -721,6 +722,7 @@ def main():
                            "FLUX.1-dev has its guidance built in")
             p.add_argument("--size", type=positive, default=512, help="px")
             p.add_argument("--t5-length", type=positive, default=512, help="only for relay and oracle: T5 tokens the words are padded to")
+            drawing_flags(p)
         elif name != "run":
             p.add_argument("--models", nargs="+", help="the models to take, folder names without `_image` (default: all there are)")
         if name != "generate":

@@ -1,6 +1,7 @@
 """What every script shares: model paths, one clear line per user error, pictures of any kind, files that are never half written."""
 import argparse
 import contextlib
+import csv
 import errno
 import io
 import json
@@ -9,16 +10,17 @@ import sys
 import traceback
 from pathlib import Path
 
-import diffusers
 import numpy as np
 import torch
-import transformers
 from PIL import Image, ImageOps, UnidentifiedImageError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from transformers.utils import cached_file, has_file
 
 # ---------------------------------------------------------------- models
 REPO = Path(__file__).resolve().parent
-MODELS = {"vlm": "Qwen/Qwen2-VL-7B-Instruct", "t5": "google/flan-t5-xxl", "flux": "black-forest-labs/FLUX.1-dev"}
+MODELS = {"vlm": "Qwen/Qwen2-VL-7B-Instruct", "t5": "google/flan-t5-xxl", "flux": "black-forest-labs/FLUX.1-dev",
+          "clip": "Salesforce/blip2-flan-t5-xxl", "cogvideox": "THUDM/CogVideoX-5b", "judge-vlm": "llava-hf/llava-1.5-13b-hf",
+          "judge-clip": "openai/clip-vit-base-patch32"}
 MINI = {"vlm": f"{REPO}/mini/qwen2-vl", "t5": f"{REPO}/mini/t5", "flux": f"{REPO}/mini/flux", "aligner": f"{REPO}/mini/aligner-lvlm",
         "clip": f"{REPO}/mini/clip", "aligner-clip": f"{REPO}/mini/aligner-clip"}
 
@@ -38,15 +40,62 @@ def positive(text):
     return number
 
 
-def pretrained(cls, path, **kwargs):
-    """`cls.from_pretrained(path, **kwargs)`; a model that cannot be had is a UserError that says what to do."""
+@contextlib.contextmanager
+def loading(path):
+    """Around what loads a model from a folder or the hub: one that cannot be had is a UserError that says what to do."""
     if str(path).startswith((".", "/", "~")) and not os.path.isdir(path):
         raise UserError(f"{path} is no folder: give the folder of a model, or its name on the hub")
     try:
-        return cls.from_pretrained(path, **kwargs)
+        yield
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"cannot load {path}: {first_line(error)} Check the name, log in with `hf auth login` and accept the licence if "
                         "the model is gated (FLUX.1-dev is), or give the folder of a local copy.") from error
+
+
+def pretrained(cls, path, **kwargs):
+    """`cls.from_pretrained(path, **kwargs)`; a model that cannot be had is a UserError that says what to do."""
+    with loading(path):
+        return cls.from_pretrained(path, **kwargs)
+
+
+def t5_decoder(name):
+    """Of T5's tensors those that training the aligner on the VLM's features reads: all but the encoder's blocks."""
+    return not name.startswith("encoder.block.")
+
+
+def vision_tower(name):
+    """Of BLIP-2's or a CLIP's tensors those of the vision tower."""
+    return name.startswith("vision_model.")
+
+
+def weight_files(path, wanted):
+    """Names of a model's safetensors files that hold a tensor whose name wanted(name) accepts. Fetches no more than the shard index.
+
+    A model without an index is one file: ["model.safetensors"]. path: folder or hub name; raises UserError if it cannot be had."""
+    with loading(path):
+        # offline, a file that is not in the cache may be one that does not exist: that is an error only when no file is left
+        index = cached_file(path, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
+        shards = json.loads(Path(index).read_text())["weight_map"] if index else {"": "model.safetensors"}
+        return sorted({file for name, file in shards.items() if wanted(name) or not index})
+
+
+def part_weights(path, wanted, dtype=None):
+    """{name: tensor} of a model's tensors whose names wanted(name) accepts, in `dtype` (None: as stored), on the CPU.
+
+    Only the shards that hold one are fetched and read, and each tensor is converted as it is read, so that no more memory is needed than the
+    result takes. path: folder or hub name. Raises UserError if it cannot be had or has no safetensors."""
+    weights, files = {}, weight_files(path, wanted)
+    with loading(path):
+        pickles = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+        if files == ["model.safetensors"] and not has_file(path, files[0]) and any(has_file(path, file) for file in pickles):
+            raise UserError(f"{path} has only pytorch_model.bin, a pickle of which no part can be read: open it once in transformers with "
+                            "`from_pretrained`, `save_pretrained` it to a folder and give that folder")
+        for file in [cached_file(path, file) for file in files]:
+            with safe_open(file, "pt") as tensors:
+                for name in filter(wanted, tensors.keys()):
+                    tensor = tensors.get_tensor(name)
+                    weights[name] = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
+    return weights
 
 
 # ---------------------------------------------------------------- errors
@@ -64,8 +113,9 @@ def run(main):
     """Calls main(); what a user can put right ends as one line on stderr and exit code 1 (Ctrl-C: 130), argparse's own errors as 2.
 
     THINKDIFF_DEBUG=1 shows the traceback as well."""
-    for library in (transformers, diffusers):  # their warnings are about what these scripts do on purpose, such as leaving out T5's encoder
-        library.utils.logging.set_verbosity_error()
+    for library in ("transformers", "diffusers"):  # their warnings are about what these scripts do on purpose, such as leaving out T5's encoder
+        if library in sys.modules:  # prepare_data.py also runs where diffusers is not installed (--backend vllm)
+            sys.modules[library].utils.logging.set_verbosity_error()
     try:
         return main()
     except KeyboardInterrupt:
@@ -105,6 +155,13 @@ def pick_device():
     torch.cuda.set_device(local_rank)
     bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.device("cuda", local_rank), torch.bfloat16 if bf16 else torch.float32
+
+
+def send(tensors, device):
+    """The tensors on `device`: to a GPU through pinned memory, so that the CPU goes on while they are copied."""
+    if torch.device(device).type != "cuda":
+        return [tensor.to(device) for tensor in tensors]
+    return [tensor if tensor.is_cuda else tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors]
 
 
 # ---------------------------------------------------------------- pictures
@@ -156,3 +213,28 @@ def write_atomically(path, data):
 def write_json(path, value):
     """Writes `value` as indented JSON, atomically."""
     write_atomically(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_csv(path, rows):
+    """Writes dicts of the same keys as a table, atomically."""
+    table = io.StringIO()
+    writer = csv.DictWriter(table, rows[0].keys(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, table.getvalue())
+
+
+def plot_log(file):
+    """Draws the loss curves of a log.csv beside it (log scale, as the paper's Fig. 7)."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    with open(file) as f:
+        rows = list(csv.DictReader(f))
+    plt.figure(figsize=(6, 4))
+    for name in ("loss", "held_out_loss"):
+        points = [(int(row["step"]), float(row[name])) for row in rows if row[name]]
+        plt.plot(*zip(*points), label=name.replace("_", "-")) if points else None
+    plt.yscale("log"), plt.xlabel("step"), plt.ylabel("cross-entropy per token"), plt.legend(), plt.tight_layout()
+    write_atomically(file.with_name("loss.png"), lambda temporary: plt.savefig(temporary, format="png", dpi=120))
+    plt.close()

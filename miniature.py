@@ -2,7 +2,7 @@
 
     python miniature.py draw --out data/mini --count 20000       # picture-caption WebDataset tars: KEY.png, KEY.txt
     python miniature.py cobsat --out data/cobsat                 # the 500 pictures in CoBSAT's folders, seen in no training
-    python miniature.py train                                    # rebuild mini/ : t5, vae, clip, vlm, flux (about three hours on two cores)
+    python miniature.py train                                    # rebuild mini/ : t5, vae, clip, vlm, flux (about four hours on two cores)
     python miniature.py train clip vlm                           # only these
     python miniature.py check --json results/check.json          # how good is each stand-in on held-out pictures?
     python miniature.py sheet --out outputs/world.png            # all 500 kinds on one page
@@ -25,7 +25,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from common import MINI, REPO, UserError, positive, run, write_atomically, write_json
-from world import DETAILS, NOUNS, PAIRS, SIZE, caption, draw, shown
+from world import DETAILS, NOUNS, PAIRS, SIZE, an, caption, draw, shown
 
 TAR_SIZE = 1000  # samples a tar
 PARTS = ("t5", "vae", "clip", "vlm", "flux")  # in an order in which each finds what it needs
@@ -170,14 +170,14 @@ def check_lvlm(aligner_path, count, seed=0, batch=50, steps=28, guidance=3.0):
             tokens, x, lengths = generate_with_features(model, inputs, 64, ignore_eos=False, do_sample=False)
             words += [processor.tokenizer.decode(y[:n], skip_special_tokens=True) for y, n in zip(tokens, lengths.tolist())]
             prompts += [aligner(x_c[:n][None])[0] for x_c, n in zip(x, lengths.tolist())]
-        relayed = [e for at in range(0, count, batch) for e in t.relay_embeds(pipe, words[at:at + batch], 48)]
+        relayed = [e for at in range(0, count, batch) for e in t.text_embeds(pipe, words[at:at + batch], 48)]
     judge = clip.load(REPO / "mini")
     right = {"vlm": [vlm_check.said(text, *kind) for text, (_, kind) in zip(words, asked)]}
     for name, embeds in (("relay", relayed), ("thinkdiff", prompts)):
         images, bar = [None] * count, tqdm(total=count, desc=f"drawing {name}")
         for same in t.equal_lengths(list(zip(embeds, range(count))), batch):
             seeds = [i for _, i in same]
-            for i, image in zip(seeds, t.draw(pipe, torch.stack([e for e, _ in same]), seeds, SIZE, steps, 3.5, guidance)):
+            for i, image in zip(seeds, t.draw(pipe, torch.stack([e for e, _ in same]), [""] * len(same), seeds, SIZE, steps, 3.5, guidance)):
                 images[i] = image
             bar.update(len(same))
         seen = clip.judge(*judge, images, [kind[0] for _, kind in asked])
@@ -217,7 +217,7 @@ def check_compose(aligner_path, count, seed=0, batch=50, steps=28, guidance=3.0)
         images, bar = [], tqdm(total=count, desc=f"drawing {name}")
         for at in range(0, count, batch):
             part = range(at, min(at + batch, count))
-            words = ["" if name == "I" else f"a {others[i]}" for i in part]
+            words = ["" if name == "I" else an(others[i]) for i in part]
             with torch.no_grad():
                 x = t.image_tokens(tower, torch.stack([t.preprocess(pictures[i], tower.config.image_size) for i in part]))  # (B, 17, d_vlm)
                 prompt = [*([aligner(x)] if name != "T alone" else []), *([t.text_embeds(pipe, words, 48)] if name != "I" else [])]

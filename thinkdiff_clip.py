@@ -16,7 +16,6 @@ Generation (Eq. 5). The aligned tokens of any number of pictures, then the text'
 """
 import argparse
 import array
-import contextlib
 import csv
 import importlib.util
 import io
@@ -27,7 +26,6 @@ import os
 import random
 import shutil
 import sys
-import tarfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -36,22 +34,18 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from diffusers import CogVideoXPipeline
-from diffusers.utils import export_to_video
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.nn import LinearCrossEntropyOptions
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, Blip2VisionModel, CLIPVisionModel, T5ForConditionalGeneration
-from transformers.utils import cached_file
 
 from aligner import NORMS, Aligner, load_aligner
-from common import (MINI, MODELS, REPO, UserError, mini_flag, open_image, pick_device, positive, pretrained, run, torchrun_ranks,
-                    write_atomically)
-from prepare_data import Sample, find_samples, load_picture
-from thinkdiff_lvlm import equal_lengths, load_flux, plot_log, side_by_side, write_csv
+from common import (MINI, MODELS, REPO, UserError, mini_flag, open_image, part_weights, pick_device, plot_log, positive, pretrained, run, send,
+                    torchrun_ranks, vision_tower, write_atomically, write_csv)
+from drawing import drawing_flags, drawing_options, equal_lengths, load_pipeline, read_contexts, save_picture, save_video, side_by_side
+from prepare_data import Sample, find_samples, index_tar, load_picture
 
 # ---------------------------------------------------------------- constants (protocol; paper section 4.1 and appendix B)
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's, of RGB in [0, 1]
@@ -116,7 +110,8 @@ def write_index(sources, index, head):
             caption = Sample(f"{stem}.txt", size=-1) if os.path.exists(f"{stem}.txt") else None
         else:
             if sample.path != tar:
-                captions, tar = tar_captions(sample.path), sample.path
+                captions = {os.path.splitext(text.member)[0]: text for text in index_tar(sample.path, (".txt",))[0]}
+                tar = sample.path
             caption = captions.get(stem)
         if caption:
             rows.append(json.dumps([sample, caption]) + "\n")
@@ -131,16 +126,6 @@ def write_index(sources, index, head):
         print(f"skipped {len(skipped)} of {len(samples)}: {': '.join(skipped[0])}{', ...' if skipped[1:] else ''} (see {index.with_name('skipped.csv')})",
               file=sys.stderr)
     write_atomically(index, "".join([head, *rows]))
-
-
-def tar_captions(path):
-    """{member name without .txt: Sample} of a tar's captions; reads the headers only, and of a truncated tar what is whole."""
-    found, size = {}, os.path.getsize(path)
-    with contextlib.suppress(tarfile.TarError, EOFError), tarfile.open(path, "r:") as tar:  # find_samples has named the fault
-        for member in tar:
-            if member.isfile() and member.name.endswith(".txt") and member.offset_data + member.size <= size:
-                found[member.name.removesuffix(".txt")] = Sample(path, member.name, member.offset_data, member.size)
-    return found
 
 
 def preprocess(image, size):
@@ -177,7 +162,7 @@ def collate(triples, t5_tokenizer, device):
     pixels, first, rest = zip(*triples)
     first, target = (t5_tokenizer(list(texts), padding=True, truncation=True, max_length=MAX_TEXT, return_tensors="pt") for texts in (first, rest))
     labels = target.input_ids.masked_fill(target.attention_mask == 0, -100)  # (B, T)
-    return torch.stack(pixels).to(device), first.input_ids.to(device), first.attention_mask.to(device), labels.to(device)
+    return send((torch.stack(pixels), first.input_ids, first.attention_mask, labels), device)
 
 
 # ---------------------------------------------------------------- model: frozen CLIP and T5, trainable aligner
@@ -195,17 +180,8 @@ def load_clip(path, device, dtype):
 
     Raises UserError if a weight is missing, which transformers would replace by a random one and only warn."""
     tower, config = tower_of(path)
-    try:
-        index = cached_file(path, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
-        names = json.loads(Path(index).read_text())["weight_map"] if index else {"vision_model.": "model.safetensors"}
-        shards = [cached_file(path, shard) for shard in sorted({shard for name, shard in names.items() if name.startswith("vision_model.")})]
-    except OSError as e:
-        raise UserError(f"cannot load {path}: {str(e).splitlines()[0]} Check the name and the network, or give the folder of a local copy") from None
-    weights = {}
-    for shard in shards:
-        with safe_open(shard, "pt") as file:
-            weights.update((name, file.get_tensor(name)) for name in file.keys() if name.startswith("vision_model."))
-    clip, info = tower.from_pretrained(None, config=config, state_dict=weights, key_mapping={r"^vision_model\.": ""}, dtype=dtype, output_loading_info=True)
+    clip, info = tower.from_pretrained(None, config=config, state_dict=part_weights(path, vision_tower, dtype), key_mapping={r"^vision_model\.": ""},
+                                       dtype=dtype, output_loading_info=True)
     if info["missing_keys"]:
         raise UserError(f"{path} lacks weights of its vision tower: {', '.join(sorted(info['missing_keys'])[:4])}; download it again")
     return clip.requires_grad_(False).eval().to(device)
@@ -245,11 +221,16 @@ def encode(t5, ids, mask):
 
 
 def decode_loss(t5, memory, mask, labels):
-    """Sum of the cross-entropies of the target tokens, and their number (section 3.4: L is the mean over tokens).
+    """Sum of the cross-entropies of the target tokens, and their number (Eq. 2, 4: L is the mean over tokens).
 
-    memory (B, S, d_t5): f_cat(x', t) in the place of T5's encoder output; mask (B, S); labels (B, T), -100 ignored."""
-    logits = t5(encoder_outputs=(memory.to(t5.dtype),), attention_mask=mask, decoder_input_ids=t5._shift_right(labels)).logits  # (B, T, V)
-    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum"), (labels != -100).sum()
+    memory (B, S, d_t5): stands in the place of T5's encoder output; mask (B, S); labels (B, T), -100 ignored."""
+    hidden = t5.decoder(input_ids=t5._shift_right(labels), encoder_hidden_states=memory.to(t5.dtype), encoder_attention_mask=mask,
+                        use_cache=False).last_hidden_state  # (B, T, d_t5)
+    if t5.config.scale_decoder_outputs:  # T5 1.0, whose lm_head is its embedding; v1.1 and Flan have one of its own scale
+        hidden = hidden * t5.model_dim ** -0.5
+    # in chunks, so that the logits (B * T, V) are never in memory as a whole; summed here, because its own sum of bf16 losses is in bf16
+    losses = F.linear_cross_entropy(hidden.flatten(0, 1), t5.lm_head.weight, labels.flatten(), reduction="none", options=LinearCrossEntropyOptions())
+    return losses.float().sum(), (labels != -100).sum()
 
 
 def smear(memory, mask, positions, rms, args):
@@ -273,7 +254,8 @@ def learning_rate(step, args):
 
 
 # ---------------------------------------------------------------- checkpoints: a folder each, complete or not there at all
-SETTINGS = ("data", "vlm", "t5", "batch_size", "lr", "lr_end", "lr_horizon", "warmup", "weight_decay", "memory_noise", "masking", "norm", "seed", "held_out")
+SETTINGS = ("data", "vlm", "t5", "batch_size", "lr", "lr_end", "lr_horizon", "warmup", "weight_decay", "memory_noise",
+            "masking", "norm", "hidden", "seed", "held_out")
 
 
 def save_checkpoint(out, step, aligner, optimizer, args):
@@ -298,7 +280,8 @@ def load_checkpoint(out, aligner, optimizer, args):
     state = json.loads((found[-1] / "state.json").read_text())
     now = json.loads(json.dumps({k: vars(args)[k] for k in SETTINGS}, default=str))
     if changed := [f"{k} was {state[k]!r}, is {now[k]!r}" for k in SETTINGS if state.get(k) != now[k]]:
-        raise UserError(f"cannot resume {found[-1]} with other settings: {'; '.join(changed)}. Repeat the first command with --resume, or choose another --out")
+        raise UserError(f"cannot resume {found[-1]} with other settings: {'; '.join(changed)}. Repeat the first command with --resume, or choose "
+                        "another --out")
     aligner.load_state_dict(load_file(found[-1] / "model.safetensors"))
     saved = load_file(found[-1] / "optimizer.safetensors")
     own = optimizer.state_dict()
@@ -321,9 +304,9 @@ def train(args):
         out.mkdir(parents=True, exist_ok=True)
     data = Pairs(args.data, out / "pairs.jsonl", tower_of(args.vlm)[1].image_size, args.resume)
     n_held_out = min(args.held_out, len(data) // 10)
-    n_train = len(data) - n_held_out  # the last in the order of the index are held out
+    n_train = len(data) - n_held_out  # the last in the data's order are held out
     if n_train < 1 or n_held_out < 1:
-        raise UserError(f"{' '.join(args.data)} holds only {len(data)} pairs: training needs at least 10, one of them held out")
+        raise UserError(f"--data holds only {len(data)} samples: training needs at least 10, one of them held out")
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
@@ -331,87 +314,94 @@ def train(args):
     clip = load_clip(args.vlm, device, dtype)
     t5 = load_t5(args.t5, device, dtype)
     torch.manual_seed(args.seed)
-    aligner = Aligner(clip.config.hidden_size, t5.config.d_model, norm=args.norm, eps=t5.config.layer_norm_epsilon)
+    aligner = Aligner(clip.config.hidden_size, t5.config.d_model, norm=args.norm, eps=t5.config.layer_norm_epsilon, hidden=args.hidden)
     aligner.init_norm(t5.encoder.final_layer_norm.weight)
     aligner.to(device)  # fp32 weights; the products run in bf16 where the hardware has it
     # one group a parameter, in the module's order, so that optimizer states are saved under the parameters' names
     optimizer = torch.optim.AdamW([{"params": [p], "weight_decay": args.weight_decay if p.ndim > 1 else 0.0} for p in aligner.parameters()],
-                                  lr=args.lr, betas=BETAS)
+                                  lr=args.lr, betas=BETAS, fused=device.type == "cuda")
     step = load_checkpoint(out, aligner, optimizer, args) if args.resume else 0
     model = DistributedDataParallel(aligner, device_ids=[local_rank] if device.type == "cuda" else None) if world > 1 else aligner
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+    if args.compile:
+        clip.compile()
+        t5.decoder.compile(dynamic=True)
     if rank == 0:
-        print(f"trains {sum(p.numel() for p in aligner.parameters()):,} parameters on {n_train:,} pairs ({n_held_out:,} held out), "
+        print(f"trains {sum(p.numel() for p in aligner.parameters()):,} parameters on {n_train:,} samples ({n_held_out:,} held out), "
               f"{world} x {args.batch_size // world} a step, {device.type} {dtype}".replace("torch.", ""))
 
     lost, readers = set(), ThreadPoolExecutor(args.workers)
 
-    def read(numbers):
-        """Lets threads read these pairs: [(number, future)]."""
-        return [(i, readers.submit(data.__getitem__, i)) for i in numbers]
+    def read(numbers, first):
+        """Lets threads read these samples, the first of which stands at position `first` of the training stream."""
+        return [(i, first + k, readers.submit(data.__getitem__, i)) for k, i in enumerate(numbers)]
 
-    def batch(pairs, positions):
-        """None if no pair of them can be read."""
-        triples, kept = [], []
-        for (i, pair), position in zip(pairs, positions):
+    def readable(reading):
+        """[(pixels, caption, position)] of what `read` began; a sample that cannot be read is left out, named and counted."""
+        samples = []
+        for i, position, sample in reading:
             try:
-                pixels, caption = pair.result()
-            except UserError as e:  # a broken picture, or one that has gone since: leave it out, say so, go on
+                samples.append((*sample.result(), position))
+            except UserError as e:  # a broken picture, or one that has gone since
                 lost.add(i)
                 tqdm.write(f"skipped ({len(lost)} so far): {e}", file=sys.stderr)
-                continue
-            triples.append((pixels, *split(caption, args, position)))
-            kept.append(position)
-        if not triples:
-            return None
-        pixels, ids, first_mask, labels = collate(triples, t5_tokenizer, device)
-        x, t = image_tokens(clip, pixels), encode(t5, ids, first_mask)  # (B, 65, d_vlm), (B, L, d_t5)
-        return x, t, torch.cat([first_mask.new_ones(x.shape[:2]), first_mask], dim=1), labels, kept
+        return samples
+
+    def micro_batches(reading):
+        """Yields what the decoder is shown and must write: x (B, 65, d_vlm), t (B, L, d_t5), mask (B, 65 + L), labels (B, T), positions."""
+        samples = [((pixels, *split(caption, args, position)), position) for pixels, caption, position in readable(reading)]
+        # samples with targets of like length share a micro-batch, so that little of it is padding; because the loss is a mean over the
+        # tokens of the whole step, who shares with whom changes the gradient by no more than a rounding
+        samples.sort(key=lambda sample: len(sample[0][-1]))
+        for at in range(0, len(samples), args.micro_batch):
+            triples, positions = zip(*samples[at:at + args.micro_batch])
+            pixels, ids, first_mask, labels = collate(triples, t5_tokenizer, device)
+            x, t = image_tokens(clip, pixels), encode(t5, ids, first_mask)
+            yield x, t, torch.cat([first_mask.new_ones(x.shape[:2]), first_mask], dim=1), labels, positions
 
     @torch.no_grad()
     def held_out_loss():
         total = torch.zeros(2)
-        for at in range(0, n_held_out, args.micro_batch):
-            numbers = range(n_train + at, n_train + min(at + args.micro_batch, n_held_out))
-            if whole := batch(read(numbers), numbers):  # fixed boundaries: the same task at every evaluation
-                x, t, mask, labels, _ = whole
+        for at in range(n_train, len(data), args.batch_size):
+            reading = read(range(at, min(at + args.batch_size, len(data))), at)  # fixed splits: the same task at every evaluation
+            for x, t, mask, labels, _ in micro_batches(reading):
                 with autocast:
-                    total += torch.tensor([float(v) for v in decode_loss(t5, torch.cat([aligner(x), t], dim=1), mask, labels)])
+                    memory = torch.cat([aligner(x), t], dim=1)
+                total += torch.tensor([float(v) for v in decode_loss(t5, memory, mask, labels)])
         return (total[0] / total[1]).item()
 
     log_file, rows = out / "log.csv", []
     if rank == 0 and args.resume and log_file.exists():
         rows = [r for r in csv.DictReader(log_file.open()) if int(r["step"]) <= step]  # what a killed run logged after its checkpoint
     pipe = load_flux(args.flux, device, dtype) if args.sample_every and rank == 0 else None
-    stream = sample_order(n_train, args.seed, step * args.batch_size)
+    rms = t5.encoder.final_layer_norm.weight.float().square().mean().sqrt()
     share = args.batch_size // world
-    read_next = lambda: read([next(stream) for _ in range(args.batch_size)][rank * share:(rank + 1) * share])
-    coming = read_next()
+    stream = sample_order(n_train, args.seed, step * args.batch_size)
+    read_step = lambda step: read([next(stream) for _ in range(args.batch_size)][rank * share:][:share], step * args.batch_size + rank * share)
+    coming = read_step(step)
     bar = tqdm(total=args.steps, initial=step, desc="train", disable=rank > 0, unit="step")
     running, since, seen = [], time.time(), 0
     while step < args.steps:
         lr = learning_rate(step, args)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        pairs, coming = coming, read_next()  # the next step's pictures are read during this one
-        positions = range(step * args.batch_size + rank * share, step * args.batch_size + (rank + 1) * share)
-        micro = [batch(pairs[a:a + args.micro_batch], positions[a:a + args.micro_batch]) for a in range(0, share, args.micro_batch)]
-        micro = [whole for whole in micro if whole]
+        reading, coming = coming, read_step(step + 1)  # threads read the next step's samples during this one
+        micro = list(micro_batches(reading))
         if not micro:
-            raise UserError(f"none of the {share} pairs of a step can be read; are the pictures still where {out / 'pairs.jsonl'} says?")
+            raise UserError(f"none of the {share} samples of a step can be read: are the pictures still where they were?")
         count = sum((labels != -100).sum() for *_, labels, _ in micro).float()
         if world > 1:
             dist.all_reduce(count)  # the mean is over the tokens of the whole batch, however it is spread
         loss = torch.zeros((), device=device)
-        for i, (x, t, mask, labels, kept) in enumerate(micro):
+        for i, (x, t, mask, labels, positions) in enumerate(micro):
             if world > 1:
                 model.require_backward_grad_sync = i == len(micro) - 1
             with autocast:
                 memory = model(x)  # Eq. 1: (B, 65, d_t5)
-                if args.memory_noise:
-                    memory = smear(memory, mask[:, :x.shape[1]], kept, t5.encoder.final_layer_norm.weight.float().square().mean().sqrt(), args)
-                memory = torch.cat([memory, t], dim=1)  # Eq. 4: f_cat(AN(x), t), (B, 65 + L, d_t5)
-                part = decode_loss(t5, memory, mask, labels)[0] / count
+            if args.memory_noise:
+                memory = smear(memory, mask[:, :x.shape[1]], positions, rms, args)
+            memory = torch.cat([memory, t], dim=1)  # Eq. 4: f_cat(AN(x), t), (B, 65 + L, d_t5)
+            part = decode_loss(t5, memory, mask, labels)[0] / count
             (part * world).backward()  # DDP averages the gradients over the processes; the loss is already their mean
             loss += part.detach()
         optimizer.step()
@@ -433,14 +423,14 @@ def train(args):
                     tqdm.write(f"step {step}: loss {rows[-1]['loss']}, held-out {rows[-1]['held_out_loss']}, lr {lr:.2e}, {rate:.0f} samples/s")
             running, since, seen = [], time.time(), 0
         if rank == 0:
-            if pipe and step % args.sample_every == 0:  # the same held-out pictures each time, to watch them become pictures again
-                numbers = range(n_train, n_train + min(8, n_held_out))
-                if whole := batch(read(numbers), numbers):
-                    with torch.no_grad():
-                        images = [draw(pipe, aligner(x[None]), [""], [args.seed], args.size, args.sample_steps, 3.5)[0] for x in whole[0]]
+            if pipe and step % args.sample_every == 0:  # the same held-out samples each time, to watch them become pictures
+                with torch.no_grad():
+                    images = [draw(pipe, aligner(image_tokens(clip, pixels[None].to(device))), [""], [args.seed], args.size, args.sample_steps, 3.5)[0]
+                              for pixels, _, _ in readable(read(range(n_train, n_train + min(8, n_held_out)), n_train))]
+                if images:
                     write_atomically(out / f"sample-{step:07d}.png", lambda f: side_by_side(images).save(f, "PNG"))
             if step % args.save_every == 0 or step == args.steps:
-                write_atomically(log_file, lambda f: write_csv(f, rows))
+                write_csv(log_file, rows)
                 save_checkpoint(out, step, aligner, optimizer, args)
         bar.update()
     bar.close()
@@ -456,31 +446,27 @@ def train(args):
 
 
 # ---------------------------------------------------------------- inference: pictures -> CLIP -> aligner, text -> T5 -> FLUX (Eq. 5)
-def load_cogvideox(path, device, dtype):
+def load_flux(path, device, dtype, t5_encoder=False, **options):
+    """FluxPipeline, without its T5 encoder (9.5 GB in bf16 at full size) unless a text needs it. options: drawing_options."""
+    return load_pipeline("FluxPipeline", path, device, dtype, **options, **({} if t5_encoder else {"text_encoder_2": None, "tokenizer_2": None}))
+
+
+def load_cogvideox(path, device, dtype, **options):
     """CogVideoXPipeline with its T5 encoder; it always reads a text (appendix D)."""
-    pipe = pretrained(CogVideoXPipeline, path, dtype=dtype)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
+    return load_pipeline("CogVideoXPipeline", path, device, dtype, **options)
 
 
 @torch.no_grad()
 def text_embeds(pipe, texts, max_length):
-    """LLM_E(T) of Eq. 5: the texts through the pipeline's own T5 encoder, padded as it was trained. (B, max_length, d_t5)"""
+    """LLM_E(T): texts through the pipeline's own T5 encoder, padded as the pipeline pads them. (B, max_length, d_t5)"""
     return pipe._get_t5_prompt_embeds(texts, max_sequence_length=max_length)
-
-
-@torch.no_grad()
-def pooled_embeds(pipe, texts):
-    """The texts through FLUX's own CLIP text encoder: (B, d_clip)."""
-    ids = pipe.tokenizer(texts, padding="max_length", truncation=True, max_length=pipe.tokenizer_max_length, return_tensors="pt").input_ids
-    return pipe.text_encoder(ids.to(pipe.device)).pooler_output.to(pipe.transformer.dtype)
 
 
 @torch.no_grad()
 def draw(pipe, prompt_embeds, texts, seeds, size, steps, guidance, true_cfg=1.0):
     """Pictures from prompt embeddings: prompt_embeds (B, N, d_t5), texts: the B texts in them, "" for none.
 
-    The pooled CLIP embedding is that of the text: a picture speaks through prompt_embeds alone. One seed a picture, so that
+    The pooled CLIP embedding is that of the text: features speak through prompt_embeds alone. One seed a picture, so that
     a picture does not depend on the batch it was drawn in. true_cfg > 1: classifier-free guidance away from the empty prompt
     (padded to N T5 tokens; the pipeline then needs its T5 encoder). Returns B PIL images of size x size px."""
     prompt_embeds = prompt_embeds.to(pipe.transformer.dtype)
@@ -488,9 +474,9 @@ def draw(pipe, prompt_embeds, texts, seeds, size, steps, guidance, true_cfg=1.0)
     if true_cfg > 1:
         empty = text_embeds(pipe, [""], prompt_embeds.shape[1]).expand_as(prompt_embeds)  # (B, N, d_t5)
         away = {"true_cfg_scale": true_cfg, "negative_prompt_embeds": empty,
-                "negative_pooled_prompt_embeds": pooled_embeds(pipe, [""]).expand(len(texts), -1)}
-    return pipe(prompt_embeds=prompt_embeds, pooled_prompt_embeds=pooled_embeds(pipe, texts), height=size, width=size, num_inference_steps=steps,
-                guidance_scale=guidance, generator=[torch.Generator().manual_seed(s) for s in seeds], **away).images
+                "negative_pooled_prompt_embeds": pipe._get_clip_prompt_embeds([""] * len(texts))}
+    return pipe(prompt_embeds=prompt_embeds, pooled_prompt_embeds=pipe._get_clip_prompt_embeds(texts), height=size, width=size,
+                num_inference_steps=steps, guidance_scale=guidance, generator=[torch.Generator().manual_seed(s) for s in seeds], **away).images
 
 
 @torch.no_grad()
@@ -520,91 +506,27 @@ def compose(pipe, x, weights, text, aligner, args):
     return torch.cat([*prompt, text_embeds(pipe, [text], length)[0]] if length else prompt)
 
 
-def read_contexts(args):
-    """The contexts to draw: [{"images", "weights", "text", "out", "names", "seed"}], from --batch or from the command line, and what was skipped.
-
-    Pictures are opened and output names checked here, before any model is loaded."""
-    if args.batch:
-        try:
-            lines = [line for line in Path(args.batch).read_text().splitlines() if line.strip()]
-        except OSError as e:
-            raise UserError(f"cannot read --batch {args.batch}: {e.strerror}") from None
-    else:
-        lines = [None]
-    contexts, skipped = [], []
-    for number, line in enumerate(lines, 1):
-        try:
-            if line is None:
-                item, folder = {"image": args.image, "text": args.text, "image_weight": args.image_weight}, Path()
-                if not (args.image or args.text):
-                    item.update(args.example)
-            else:
-                item, folder = json.loads(line), Path(args.batch).parent
-                if not (item.get("image") or item.get("text")) or not isinstance(item.get("image", []), list):
-                    raise ValueError
-            paths, weights = item.get("image", []), item.get("image_weight") or args.image_weight
-            if weights and len(weights) != len(paths):
-                raise UserError(f"{len(weights)} image weights for {len(paths)} pictures: give one for each, in the same order, or none")
-            images = [open_image(folder / path, max_side=MAX_SIDE) for path in paths]
-            out = Path(item.get("out") or (args.out / f"{number:05d}{ending(args)}" if args.batch else args.out))
-            names = output_names(out, args)
-            if taken := [name for c in contexts for name in c["names"] if name in names]:
-                raise UserError(f"{taken[0]} is the picture of an earlier line")
-            contexts.append({"images": images, "weights": [float(w) for w in weights] or [1.0] * len(images), "text": str(item.get("text", "")),
-                             "paths": [str(path) for path in paths], "out": out, "names": names, "seed": int(item.get("seed", args.seed))})
-        except (UserError, KeyError, TypeError, ValueError, AttributeError) as e:
-            if line is None:
-                raise
-            reason = e if isinstance(e, UserError) else 'not a line like {"image": ["a.png"], "text": "...", "out": "b.png"}'
-            skipped.append(f"{args.batch} line {number}: {reason}")
-    return contexts, skipped
-
-
-def ending(args):
-    """Of a file name that --out does not give."""
-    return ".mp4" if args.decoder == "cogvideox" else ".png"
-
-
-def output_names(out, args):
-    """One file name for each of --num-images pictures; a UserError if one cannot be written or would overwrite something."""
-    names = [out] if args.num_images == 1 else [out.with_name(f"{out.stem}-{k + 1}{out.suffix}") for k in range(args.num_images)]
-    for name in names:
-        if name.suffix.lower() not in ((".mp4",) if args.decoder == "cogvideox" else (".png", ".jpg", ".jpeg", ".webp")):
-            raise UserError(f"--out {name}: end the name in {'.mp4' if args.decoder == 'cogvideox' else '.png, .jpg or .webp'}")
-        if name.exists() and not args.overwrite:
-            raise UserError(f"{name} exists: choose another --out, or add --overwrite")
-        try:
-            name.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            raise UserError(f"cannot write to {name.parent}: {e.strerror}; choose another --out") from None
-        if not os.access(name.parent, os.W_OK):
-            raise UserError(f"cannot write to {name.parent}: permission denied; choose another --out")
-    return names
-
-
-def save_video(frames, name, fps):
-    """Writes PIL images as an mp4, atomically."""
-    def export(temporary):
-        export_to_video(frames, f"{temporary}.mp4", fps=fps)  # which knows the format by the ending
-        os.replace(f"{temporary}.mp4", temporary)
-    write_atomically(name, export)
+def read_context(item, folder, args):
+    """{"images", "weights", "text", "paths"} of a context as it is typed or stands in a line of --batch."""
+    paths, weights, text = item.get("image", []), item.get("image_weight") or args.image_weight, str(item.get("text", ""))
+    if not (paths or text) or not isinstance(paths, list):
+        raise ValueError
+    if weights and len(weights) != len(paths):
+        raise UserError(f"{len(weights)} image weights for {len(paths)} pictures: give one for each, in the same order, or none")
+    return {"images": [open_image(folder / path, max_side=MAX_SIDE) for path in paths], "weights": [float(w) for w in weights] or [1.0] * len(paths),
+            "text": text, "paths": [str(path) for path in paths]}
 
 
 def generate(args):
     if not (args.batch or args.image or args.text or args.example):
         raise UserError("no context: give --image and --text, --batch FILE.jsonl, or --mini for the shipped example")
-    if args.decoder == "cogvideox" and not all(map(importlib.util.find_spec, ("imageio", "imageio_ffmpeg"))):
+    options, video = drawing_options(args), args.decoder == "cogvideox"
+    if video and not all(map(importlib.util.find_spec, ("imageio", "imageio_ffmpeg"))):
         raise UserError("videos need two more packages: pip install imageio==2.38.1 imageio-ffmpeg==0.8.1")
-    if args.decoder == "cogvideox" and args.frames % 4 != 1:
+    if video and args.frames % 4 != 1:
         raise UserError(f"--frames {args.frames}: CogVideoX makes 4 k + 1 frames, such as {args.frames // 4 * 4 + 1}")
-    if args.out is None:
-        free = (Path("outputs") / f"{k:04d}{ending(args)}" for k in range(1, 10000))
-        args.out = Path("outputs") if args.batch else next(name for name in free if not name.exists())
-    contexts, skipped = read_contexts(args)
-    for line in skipped:
-        print(f"skipped {line}", file=sys.stderr)
-    if not contexts:
-        raise UserError(f"{args.batch} holds no context that can be drawn")
+    contexts, skipped = read_contexts(args, {"image": args.image, "text": args.text} if args.image or args.text else args.example, read_context,
+                                      '{"image": ["a.png"], "text": "...", "out": "b.png"}', **({"endings": (".mp4",)} if video else {}))
     device, dtype = pick_device()
     aligner = None
     if any(c["images"] for c in contexts):
@@ -615,15 +537,14 @@ def generate(args):
             c["x"] = image_tokens(clip, torch.stack(pixels).to(device)) if pixels else []  # (pictures, 65, d_vlm)
         del clip  # 2 GB at full size, before FLUX comes
 
-    if args.decoder == "cogvideox":
-        pipe = load_cogvideox(args.cogvideox, device, dtype)
+    if video:
+        pipe = load_cogvideox(args.cogvideox, device, dtype, **options)
         d_t5 = pipe.transformer.config.text_embed_dim
     else:
-        pipe = load_flux(args.flux, device, dtype, t5_encoder=args.true_cfg > 1 or any(c["text"] for c in contexts))
+        pipe = load_flux(args.flux, device, dtype, t5_encoder=args.true_cfg > 1 or any(c["text"] for c in contexts), **options)
         d_t5 = pipe.transformer.config.joint_attention_dim
     if aligner and aligner.d_t5 != d_t5:
-        raise UserError(f"aligner {args.aligner} makes prompts of width {aligner.d_t5}, but "
-                        f"{args.cogvideox if args.decoder == 'cogvideox' else args.flux} wants {d_t5}")
+        raise UserError(f"aligner {args.aligner} makes prompts of width {aligner.d_t5}, but {args.cogvideox if video else args.flux} wants {d_t5}")
     jobs = []  # (prompt (N, d_t5), seed, name, context)
     for c in contexts:
         try:
@@ -631,30 +552,27 @@ def generate(args):
         except UserError as e:
             if not args.batch:
                 raise
-            skipped.append(f"{c['out']}: {e}")
-            print(f"skipped {skipped[-1]}", file=sys.stderr)
+            skipped += 1
+            print(f"skipped {c['out']}: {e}", file=sys.stderr)
             continue
         jobs += [(prompt, c["seed"] + k, name, c) for k, name in enumerate(c["names"])]
     bar = tqdm(total=len(jobs), desc="draw", unit="picture", disable=len(jobs) == 1)
     for same in equal_lengths(jobs, args.batch_size):
-        prompts, seeds = torch.stack([job[0] for job in same]), [job[1] for job in same]
-        if args.decoder == "cogvideox":
-            images = film(pipe, prompts, seeds, args.size, args.frames, args.steps, args.guidance)
+        prompts, seeds, _, _ = zip(*same)
+        if video:
+            images = film(pipe, torch.stack(prompts), seeds, args.size, args.frames, args.steps, args.guidance)
         else:
-            images = draw(pipe, prompts, [job[3]["text"] for job in same], seeds, args.size, args.steps, args.guidance, args.true_cfg)
+            texts = [c["text"] for *_, c in same]
+            images = draw(pipe, torch.stack(prompts), texts, seeds, args.size, args.steps, args.guidance, args.true_cfg)
         for image, (_, seed, name, c) in zip(images, same):
-            if args.decoder == "cogvideox":
+            if video:
                 save_video(image, name, args.fps)
             else:
-                note = PngInfo()
-                note.add_text("thinkdiff", json.dumps({"images": c["paths"], "weights": c["weights"], "text": c["text"], "seed": seed,
-                                                       "aligner": str(args.aligner)}))
-                options = {"pnginfo": note} if name.suffix.lower() == ".png" else {}
-                write_atomically(name, lambda f: image.save(f, {".png": "PNG", ".webp": "WEBP"}.get(name.suffix.lower(), "JPEG"), **options))
+                save_picture(image, name, {"images": c["paths"], "weights": c["weights"], "text": c["text"], "seed": seed, "aligner": str(args.aligner)})
             bar.update()
     bar.close()
     if args.batch:
-        print(f"drew {len(jobs)} pictures, skipped {len(skipped)} lines of {args.batch}")
+        print(f"drew {len(jobs)} pictures, skipped {skipped} lines of {args.batch}")
     else:
         print("picture:", *contexts[0]["names"])
 
@@ -672,12 +590,12 @@ def main():
                    help="folders (of KEY.jpg and KEY.txt, or of tars), WebDataset tars, brace patterns of them")
     p.add_argument("--out", default="runs/clip", help="folder for checkpoints, log.csv, loss.png and the final aligner")
     p.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out, bit for bit as if never stopped")
-    p.add_argument("--vlm", default="Salesforce/blip2-flan-t5-xxl", help="BLIP-2 or CLIP; only its vision tower is loaded")
+    p.add_argument("--vlm", default=MODELS["clip"], help="BLIP-2 or CLIP; only its vision tower is loaded")
     p.add_argument("--t5", default=MODELS["t5"], help="T5 encoder-decoder")
     p.add_argument("--steps", type=positive, default=100000, help="optimiser steps")
-    p.add_argument("--batch-size", type=positive, default=168, help="pairs a step, over all processes")
-    p.add_argument("--micro-batch", type=positive, default=42, help="pairs a process holds in memory at once")
-    p.add_argument("--workers", type=positive, default=8, help="threads a process reads pictures with")
+    p.add_argument("--batch-size", type=positive, default=168, help="samples a step, over all processes")
+    p.add_argument("--micro-batch", type=positive, default=42, help="samples a process holds in memory at once")
+    p.add_argument("--workers", type=positive, default=8, help="threads a process reads samples with")
     p.add_argument("--lr", type=float, default=1e-4, help="peak learning rate")
     p.add_argument("--lr-end", type=float, default=8e-5, help="learning rate at the end of the cosine")
     p.add_argument("--lr-horizon", type=positive, default=200000, help="step at which the cosine ends (the released code's)")
@@ -688,19 +606,23 @@ def main():
                    "times the RMS of T5's encoder norm, for features nearer to T5's own")
     p.add_argument("--masking", choices=("random", "none"), default="random", help="random first words in, rest as target; none: no words in, all as target")
     p.add_argument("--norm", choices=NORMS, default="t5", help="aligner's RMSNorm: started from T5's, default (1), or none (Fig. 7)")
-    p.add_argument("--held-out", type=positive, default=512, help="pairs kept for the held-out loss (at most a tenth)")
+    p.add_argument("--hidden", type=positive, help="width between the aligner's two layers; not given: T5's, as in the paper")
+    p.add_argument("--held-out", type=positive, default=512, help="samples kept for the held-out loss (at most a tenth)")
     p.add_argument("--log-every", type=positive, default=10, help="steps between rows of log.csv")
     p.add_argument("--eval-every", type=positive, default=500, help="steps between held-out losses (a multiple of --log-every)")
     p.add_argument("--save-every", type=positive, default=500, help="steps between checkpoints")
     p.add_argument("--keep", type=positive, default=2, help="checkpoints kept")
-    p.add_argument("--sample-every", type=int, default=0, help="steps between pictures that FLUX draws from held-out pictures; 0: never")
+    p.add_argument("--compile", action="store_true", help="torch.compile the frozen models: faster steps after a wait of minutes at the start; "
+                   "the loss changes by a rounding")
+    p.add_argument("--sample-every", type=int, default=0, help="steps between pictures that FLUX draws from held-out samples; 0: never")
     p.add_argument("--sample-steps", type=positive, default=28, help="FLUX steps of those pictures")
     p.add_argument("--flux", default=MODELS["flux"], help="only for --sample-every")
     p.add_argument("--size", type=positive, default=1024, help="only for --sample-every: px")
-    p.add_argument("--seed", type=int, default=0, help="of initialisation, order of pairs and caption boundaries")
+    p.add_argument("--seed", type=int, default=0, help="of initialisation, order of samples and splits")
     # a world of 200 words is learned in far fewer steps than English, at a higher rate
-    mini_flag(p, vlm=MINI["clip"], t5=MINI["t5"], flux=MINI["flux"], data=["data/mini"], out="runs/mini-clip", steps=1500, batch_size=64,
-              micro_batch=64, workers=2, lr=2e-3, lr_end=2e-4, lr_horizon=1500, warmup=50, eval_every=100, save_every=100, size=64)
+    mini_flag(p, vlm=MINI["clip"], t5=MINI["t5"], flux=MINI["flux"], data=["data/mini"], out="runs/mini-clip",
+              steps=5000, batch_size=64, micro_batch=64, workers=2, lr=2e-3, lr_end=2e-4, lr_horizon=5000, warmup=50, eval_every=100, save_every=100, size=64,
+              hidden=512)  # T5-XXL is three times as wide as ViT-g, but the miniature's T5 a third of its CLIP: too narrow between the layers
 
     decoder = argparse.ArgumentParser(add_help=False)  # read first: other defaults hang on it
     decoder.add_argument("--decoder", choices=("flux", "cogvideox"), default="flux", help="what draws: FLUX a picture, CogVideoX a video")
@@ -718,26 +640,26 @@ def main():
                    '"image_weight" (a list) and "seed"; paths of pictures are relative to the file')
     p.add_argument("--out", type=Path, help="picture to write (with --batch: folder); default: the next free outputs/NNNN.png, or .mp4")
     p.add_argument("--overwrite", action="store_true", help="allow to replace existing pictures")
-    p.add_argument("--vlm", default="Salesforce/blip2-flan-t5-xxl", help="BLIP-2 or CLIP, path or hub name; only its vision tower is loaded")
+    p.add_argument("--vlm", default=MODELS["clip"], help="BLIP-2 or CLIP, path or hub name; only its vision tower is loaded")
     p.add_argument("--aligner", default="runs/clip/aligner", help="folder, hub name, or the authors' thinkdiff_clip.pth")
     p.add_argument("--flux", default=MODELS["flux"], help="FLUX path or hub name")
-    p.add_argument("--cogvideox", default="THUDM/CogVideoX-5b", help="CogVideoX path or hub name (--video)")
+    p.add_argument("--cogvideox", default=MODELS["cogvideox"], help="CogVideoX path or hub name (--video)")
     p.add_argument("--seed", type=int, default=0, help="of the first picture; the next ones count up")
-    p.add_argument("--steps", type=positive, default=28, help="FLUX or CogVideoX steps")
+    p.add_argument("--steps", type=positive, default=28, help="denoising steps")
     p.add_argument("--guidance", type=float, default=3.5, help="FLUX's distilled guidance (the miniature FLUX has none and ignores it), or CogVideoX's, "
                    "away from the empty prompt")
     p.add_argument("--true-cfg", type=float, default=1.0, help="classifier-free guidance away from the empty prompt, at twice the cost; 1: none, as "
-                   "FLUX.1-dev has its guidance built in (FLUX only)")
+                   "FLUX.1-dev has its guidance built in")
     p.add_argument("--size", type=positive, default=1024, help="px; a video is 720 x 480 without it")
     p.add_argument("--frames", type=positive, default=49, help="of a video: 4 k + 1")
     p.add_argument("--fps", type=positive, default=8, help="frames a second of a video")
     p.add_argument("--num-images", type=positive, default=1, help="pictures a context, with seeds counting up")
-    p.add_argument("--batch-size", type=positive, default=1, help="pictures computed together")
+    p.add_argument("--batch-size", type=positive, default=1, help="how many contexts, and then pictures, are computed together")
     p.add_argument("--t5-length", type=positive, default=128, help="T5 tokens the text is padded to (FLUX; CogVideoX: what the pictures leave of 226)")
+    drawing_flags(p)
     if decoder.parse_known_args()[0].decoder == "cogvideox":
         p.set_defaults(steps=50, guidance=6.0, size=None)  # appendix D
-    mini_flag(p, vlm=MINI["clip"], flux=MINI["flux"], aligner=MINI["aligner-clip"], size=64, true_cfg=3.0, batch_size=32, t5_length=48,
-              example=example)
+    mini_flag(p, vlm=MINI["clip"], flux=MINI["flux"], aligner=MINI["aligner-clip"], size=64, true_cfg=3.0, batch_size=32, t5_length=48, example=example)
 
     args = parser.parse_args()
     args.run(args)

@@ -34,6 +34,11 @@ def shown(word):
     return SHOWN.get(word, word)
 
 
+def an(noun):
+    """`a car`, `an apple`."""
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
 # ---------------------------------------------------------------- captions
 ING = dict(swim="swimming", sleep="sleeping", sing="singing", run="running", read="reading", fly="flying",
            eat="eating", drink="drinking", cry="crying", angry="angry")

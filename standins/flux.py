@@ -1,6 +1,6 @@
 """The miniature FLUX: transformer, assembly into a `FluxPipeline`, accuracy.
 
-    python miniature.py train flux      # or, from the repository's root, torchrun --nproc_per_node 2 -m standins.flux --minutes 70
+    python miniature.py train flux      # or, from the repository's root, torchrun --nproc_per_node 2 -m standins.flux
 
 Goes on from its state in build/ after a kill; more --minutes prolong it.
 """
@@ -23,7 +23,7 @@ from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokeniz
 from standins.muon import optimizers_for, set_rate
 from standins.pictures import PER_KIND, held_out, pictures, publish, save_state
 from standins.vae import LATENT, contact_sheet, quiet_config, to_tensor
-from world import DETAILS, PAIRS, caption, label, noun_phrase, sentence
+from world import DETAILS, ING, NOUNS, PAIRS, PLACE, an, caption, label, noun_phrase, sentence, shown
 
 ROOT = Path(__file__).resolve().parent.parent
 SAVE_SECONDS = 120
@@ -52,7 +52,9 @@ def export(model_class, config, weights, folder):
 # ---------------------------------------------------------------- transformer: what it is trained on
 NOISE_SHARE, NOISE_MAX = 0.75, 1.5  # of the samples: Gaussian noise on the T5 output, sigma ~ U(0, NOISE_MAX) x its RMS; the aligner's features
 # are not exact either, and the transformer must read them all the same
+BLENDED = 0.3  # share of the samples whose tokens are random blends of their prompt's: an aligned token may stand for several words at once
 EMPTY = 0.1  # share of samples with the empty prompt as text, for `true_cfg_scale` guidance
+COMPOSED = 0.15  # share of the batches with two prompts, one behind the other, as big models know them: see `composed`
 D_POOLED = 64  # width of the mini CLIP's text tower. Training feeds Gaussian noise for its pooled embedding (LayerNorm output, about unit
 # scale), so nothing is to be learned from it: all content comes from the T5 tokens, whatever pooled embedding is passed later
 SIDE = 8  # packed latents: 8 x 8 tokens
@@ -106,12 +108,44 @@ def prompts(rng, kinds, tokenizer):
     return torch.tensor([row + [tokenizer.pad_token_id] * (length - len(row)) for row in rows])
 
 
+def composed(rng, kinds, tokenizer):
+    """Two prompts for each kind as token ids (B, T1), (B, T2): a caption that is wrong in the noun (in 30 % in the value), cut and without </s>; then
+    a short text that names the right one. What the second prompt names holds, the first gives the rest."""
+    first, second = [], []
+    for detail, value, noun in (PAIRS[kind] for kind in kinds):
+        if rng.random() < 0.7:
+            first.append((detail, value, rng.choice(NOUNS[detail])))
+            second.append(rng.choice(["{a}", "{a}", "{n}", "A picture of {a}.", "Create an image of {a}.", "the {n}"]).format(n=noun, a=an(noun)))
+        else:
+            first.append((detail, rng.choice(DETAILS[detail]), noun))
+            word = ING[value] if detail == "action" else PLACE[value] if detail == "background" else shown(value)
+            second.append(rng.choice(["{w}", "It is {w}.", "the {n} is {w}"]).format(w=word, n=noun))
+    rows = tokenizer([caption(rng, *pair, create=rng.random() < 0.7, sentences=4) for pair in first], add_special_tokens=False).input_ids
+    length = min(rng.choice([10, 12, 16, 17, 24, 32]), min(map(len, rows)))
+    ends = tokenizer(second).input_ids
+    padded = max(max(map(len, ends)), rng.choice([0, 32, 48, 48]))
+    return torch.tensor([row[:length] for row in rows]), torch.tensor([row + [tokenizer.pad_token_id] * (padded - len(row)) for row in ends])
+
+
 @torch.no_grad()
 def conditions(rng, generator, kinds, tokenizer, encoder, noise=NOISE_SHARE):
     """T5 encoder outputs (B, T, d_t5) for pictures of these kinds, and noise (B, d_clip) in the place of the pooled CLIP embedding."""
-    text = encoder(prompts(rng, kinds, tokenizer)).last_hidden_state
-    sigma = torch.rand(len(kinds), 1, 1, generator=generator) * NOISE_MAX * (torch.rand(len(kinds), 1, 1, generator=generator) < noise)
-    text = text + sigma * text.square().mean().sqrt() * torch.randn(text.shape, generator=generator)
+    def smeared(text):
+        """As aligned features come: each token with something of the others, at the scale of T5's final norm, and not exact."""
+        weight, length = encoder.encoder.final_layer_norm.weight, text.shape[1]
+        blend = (2 * torch.randn(len(kinds), length, length, generator=generator)).softmax(-1) @ text / weight  # (B, T, d_t5)
+        blend = blend * blend.square().mean(-1, keepdim=True).rsqrt() * weight
+        text = torch.where(torch.rand(len(kinds), 1, 1, generator=generator) < (BLENDED if noise else 0), blend, text)
+        sigma = torch.rand(len(kinds), 1, 1, generator=generator) * NOISE_MAX * (torch.rand(len(kinds), 1, 1, generator=generator) < noise)
+        return text + sigma * text.square().mean().sqrt() * torch.randn(text.shape, generator=generator)
+    encode = lambda ids: encoder(ids).last_hidden_state
+    if rng.random() < COMPOSED:
+        first, second = composed(rng, kinds, tokenizer)
+        text = torch.cat([smeared(encode(first)), encode(second)], dim=1)
+        empty = torch.tensor([[tokenizer.eos_token_id] + [tokenizer.pad_token_id] * (text.shape[1] - 1)])
+        text = torch.where(torch.rand(len(kinds), 1, 1, generator=generator) < EMPTY, encode(empty), text)
+    else:
+        text = smeared(encode(prompts(rng, kinds, tokenizer)))
     return text, torch.randn(len(kinds), D_POOLED, generator=generator)
 
 
@@ -162,7 +196,7 @@ def held_out_loss(transformer, held, tokenizer, encoder):
 
 # ---------------------------------------------------------------- transformer: training
 HEADS, DOUBLE, SINGLE = 4, 2, 4  # 32 numbers a head
-FLUX_BATCH, FLUX_LR, FLUX_WARMUP, FLUX_DECAY, FLUX_EMA, FLUX_MINUTES = 32, 1.5e-3, 100, 0.25, 0.998, 80
+FLUX_BATCH, FLUX_LR, FLUX_WARMUP, FLUX_DECAY, FLUX_EMA, FLUX_MINUTES = 32, 1.5e-3, 100, 0.25, 0.998, 134
 
 
 def new_flux(d_text):

@@ -1,5 +1,4 @@
 """thinkdiff_clip.py: loss, frozen parts, resume and DDP through the command line; generation against the stock models and pipelines."""
-import contextlib
 import csv
 import inspect
 import io
@@ -8,8 +7,8 @@ import random
 import signal
 import subprocess
 import sys
-import tarfile
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import imageio
@@ -22,11 +21,11 @@ from safetensors.torch import load_file, save_file
 from transformers import (AutoTokenizer, Blip2Config, Blip2ForConditionalGeneration, BlipImageProcessor, CLIPImageProcessor, CLIPModel,
                           T5EncoderModel, T5ForConditionalGeneration)
 
-import common
 import thinkdiff_clip
 import thinkdiff_lvlm
 from aligner import Aligner
 from common import MINI, REPO
+from helpers import command, complaint, write_tar
 from thinkdiff_clip import MAX_SIDE, Pairs, collate, decode_loss, encode, image_tokens, load_clip, load_t5, pool, preprocess, split
 from world import PAIRS, caption, draw
 
@@ -34,35 +33,7 @@ SCRIPT = str(REPO / "thinkdiff_clip.py")
 CLIP = REPO / "mini/clip"
 SMALL = "--mini --batch-size 8 --micro-batch 4 --log-every 1 --eval-every 4 --held-out 4 --warmup 2 --lr-horizon 20 --memory-noise 1.5".split()
 ARGS = SimpleNamespace(masking="random", seed=0)
-
-
-def command(*args, code=0):
-    """The script's command line in this process (importing it takes seconds); checks the exit code. Returns stdout, stderr."""
-    out, err = io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        patch.setattr(sys, "argv", [SCRIPT, *map(str, args)])
-        try:
-            common.run(thinkdiff_clip.main)
-            ended = 0
-        except SystemExit as stop:
-            ended = stop.code
-    assert ended == code, err.getvalue()[-2000:]
-    return out.getvalue(), err.getvalue()
-
-
-def complaint(*args, code=1):
-    """The one line in which the script complains."""
-    lines = [line for line in command(*args, code=code)[1].splitlines() if "error: " in line]
-    assert len(lines) == 1
-    return lines[0]
-
-
-def write_tar(path, members):
-    with tarfile.open(path, "w") as tar:
-        for name, content in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
+command, complaint = partial(command, SCRIPT), partial(complaint, SCRIPT)
 
 
 def png(image):
@@ -87,7 +58,8 @@ def data(drawn, tmp_path_factory):
     """The pairs in one tar of 30 and a folder of 10; the folder comes later in the index."""
     root = tmp_path_factory.mktemp("clip") / "data"
     (root / "folder").mkdir(parents=True)
-    write_tar(root / "a.tar", [member for i, (image, text) in enumerate(drawn[:30]) for member in ((f"{i:03}.png", png(image)), (f"{i:03}.txt", text.encode()))])
+    write_tar(root / "a.tar", {name: content for i, (image, text) in enumerate(drawn[:30])
+                               for name, content in ((f"{i:03}.png", png(image)), (f"{i:03}.txt", text.encode()))})
     for i, (image, text) in enumerate(drawn[30:]):
         image.save(root / "folder" / f"{i}.png")
         (root / "folder" / f"{i}.txt").write_text(text)
@@ -149,7 +121,9 @@ def test_loss_equals_stock_t5_and_only_the_aligner_learns(data, drawn, tmp_path)
     pixels, ids, first_mask, labels = collate(samples, t5_tokenizer, "cpu")
     x, t = image_tokens(clip, pixels), encode(t5, ids, first_mask)
     mask = torch.cat([torch.ones(x.shape[:2]), first_mask], dim=1)
-    total, count = decode_loss(t5, torch.cat([aligner(x), t], dim=1), mask, labels)
+    memory = torch.cat([aligner(x), t], dim=1)
+    memory.retain_grad()
+    total, count = decode_loss(t5, memory, mask, labels)
     (total / count).backward()
     assert x.shape == (6, 17, clip.config.hidden_size) and (first_mask == 0).any()
 
@@ -164,8 +138,11 @@ def test_loss_equals_stock_t5_and_only_the_aligner_learns(data, drawn, tmp_path)
         with torch.no_grad():
             tower = whole.vision_model
             seen = tower.post_layernorm(tower(**processor(drawn[i][0], return_tensors="pt")).last_hidden_state)[0]
-            memory = torch.cat([aligner(pooled_by_hand(seen)[None]), stock.get_encoder()(first).last_hidden_state], dim=1)
-            losses.append(stock(encoder_outputs=(memory,), labels=target).loss.item())
+            alone = torch.cat([aligner(pooled_by_hand(seen)[None]), stock.get_encoder()(first).last_hidden_state], dim=1)
+        loss = stock(encoder_outputs=(alone.requires_grad_(),), labels=target).loss
+        loss.backward()
+        torch.testing.assert_close(memory.grad[len(tokens), :alone.shape[1]], alone.grad[0] * target.shape[1] / count, rtol=1e-4, atol=1e-6)
+        losses.append(loss.item())
         tokens.append(target.shape[1])
     assert count == sum(tokens)
     assert (total / count).item() == pytest.approx(np.average(losses, weights=tokens), abs=1e-5)
@@ -176,11 +153,8 @@ def test_loss_equals_stock_t5_and_only_the_aligner_learns(data, drawn, tmp_path)
 
 
 def test_what_both_scripts_have_word_for_word_stays_so():
-    for name in ("sample_order", "smear", "learning_rate", "save_checkpoint", "load_checkpoint"):
+    for name in ("sample_order", "decode_loss", "smear", "learning_rate", "save_checkpoint", "load_checkpoint", "load_flux", "text_embeds", "draw"):
         assert inspect.getsource(getattr(thinkdiff_clip, name)) == inspect.getsource(getattr(thinkdiff_lvlm, name)), name
-    body = [[line for line in inspect.getsource(module.decode_loss).splitlines() if "section" not in line and "memory (B" not in line]
-            for module in (thinkdiff_clip, thinkdiff_lvlm)]
-    assert body[0] == body[1]
     assert thinkdiff_clip.BETAS == thinkdiff_lvlm.BETAS and thinkdiff_clip.WARMUP_FROM == thinkdiff_lvlm.WARMUP_FROM
 
 
@@ -282,6 +256,32 @@ def test_two_processes_equal_one(data, trained, tmp_path):
         torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-5)
 
 
+def losses(run):
+    return [float(row["loss"]) for row in csv.DictReader((run / "log.csv").open())]
+
+
+def test_micro_batches_hold_like_lengths_and_change_roundings_only(data, trained, tmp_path, monkeypatch):
+    steps = []
+    monkeypatch.setattr(thinkdiff_clip, "collate", lambda triples, *rest: steps.append([len(rest) for *_, rest in triples]) or collate(triples, *rest))
+    train(data, tmp_path / "x", "--steps", 3, "--micro-batch", 3, "--eval-every", 4)  # 3 + 3 + 2 a step, then the held-out samples
+    assert list(map(len, steps[:9])) == [3, 3, 2] * 3
+    for first in (0, 3, 6):
+        lengths = sum(steps[first:first + 3], [])
+        assert lengths == sorted(lengths) and len(set(lengths)) > 3
+    assert losses(tmp_path / "x") == pytest.approx(losses(trained)[:3], abs=1e-5)
+
+
+def test_compiled_training_is_the_same_but_for_roundings(data, trained, tmp_path, monkeypatch):
+    """All of torch.compile but its last stage, the C++ compiler, which takes minutes."""
+    graphs, compiler = [], torch.compile
+    backend = lambda graph, inputs: graphs.append(graph) or graph.forward
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compiler(function, backend=backend, **options))
+    train(data, tmp_path / "x", "--steps", 4, "--compile")
+    torch.compiler.reset()
+    assert 2 <= len(graphs) <= 6  # tower and decoder; not one for every length
+    assert losses(tmp_path / "x") == pytest.approx(losses(trained)[:4], abs=1e-5)
+
+
 def test_ablations_run_and_weight_decay_acts(data, trained, tmp_path):
     for more in (["--masking", "none"], ["--norm", "none"], ["--weight-decay", "50"]):
         train(data, tmp_path / "-".join(more), "--steps", 8, *more)
@@ -293,14 +293,14 @@ def test_bad_samples_are_skipped_named_and_counted(drawn, tmp_path):
     """In a tar: no caption, an empty one, a broken picture. With one pair a micro-batch, none of them stops the run."""
     members = [(f"{i:02}.png", png(image)) for i, (image, _) in enumerate(drawn[:14])] + [(f"{i:02}.txt", text.encode()) for i, (_, text) in enumerate(drawn[:14])]
     members = [(name, b"broken" if name == "01.png" else b" \n" if name == "02.txt" else content) for name, content in members if name != "03.txt"]
-    write_tar(tmp_path / "b.tar", members)
+    write_tar(tmp_path / "b.tar", dict(members))
     out, err = command("train", *SMALL, "--data", tmp_path / "b.tar", "--out", tmp_path / "x", "--steps", 3, "--micro-batch", 1)
-    assert "12 pairs (1 held out)" in out
+    assert "12 samples (1 held out)" in out
     assert f"skipped 1 of 14: {tmp_path}/b.tar::03.png: no caption: 03.txt" in err and "03.png" in (tmp_path / "x" / "skipped.csv").read_text()
     assert "b.tar::01.png" in err and "b.tar::02.txt is empty" in err and "skipped (2 so far)" in err
     assert (tmp_path / "x" / "aligner").exists()
-    write_tar(tmp_path / "c.tar", [(f"{i}.{end}", b"broken") for i in range(12) for end in ("png", "txt")])
-    assert "none of the 8 pairs of a step can be read" in complaint("train", *SMALL, "--data", tmp_path / "c.tar", "--out", tmp_path / "y")
+    write_tar(tmp_path / "c.tar", {f"{i}.{end}": b"broken" for i in range(12) for end in ("png", "txt")})
+    assert "none of the 8 samples of a step can be read" in complaint("train", *SMALL, "--data", tmp_path / "c.tar", "--out", tmp_path / "y")
 
 
 def test_a_run_keeps_its_index(data, drawn, tmp_path):
@@ -312,7 +312,7 @@ def test_a_run_keeps_its_index(data, drawn, tmp_path):
     train(folder, out, "--steps", 1)
     drawn[13][0].save(folder / "0-new.png")
     (folder / "0-new.txt").write_text("new")
-    assert "11 pairs (1 held out)" in train(folder, out, "--steps", 2, "--resume")[0]
+    assert "11 samples (1 held out)" in train(folder, out, "--steps", 2, "--resume")[0]
     assert "--data" in complaint("train", *SMALL, "--data", data, "--out", out, "--resume")
     assert str(folder) in (out / "pairs.jsonl").read_text().splitlines()[0]
 
@@ -328,7 +328,7 @@ def test_training_complaints(data, trained, tmp_path):
     Image.new("RGB", (9, 9)).save(tmp_path / "lonely.png")
     assert "has a caption: expected KEY.txt beside KEY.jpg" in complaint(*t, "--data", tmp_path / "lonely.png")
     (tmp_path / "lonely.txt").write_text("a picture")
-    assert "holds only 1 pairs" in complaint(*t, "--data", tmp_path / "lonely.png")
+    assert "holds only 1 samples" in complaint(*t, "--data", tmp_path / "lonely.png")
     command(*t, "--batch-size", "many", code=2)
 
 
@@ -375,6 +375,14 @@ def test_generate_equals_stock_clip_hand_made_prompt_and_stock_flux(trained, two
                             negative_prompt_embeds=empty, negative_pooled_prompt_embeds=empty_pooled, generator=torch.Generator().manual_seed(i)).images[0]
         assert prompt.shape[1] == 17 * len(image) + (48 if text else 0)
         assert abs(pixels(tmp_path / f"{i}.png") - np.asarray(expected).astype(int)).max() <= 1, cases[i]
+
+
+def test_drawing_flags_act(trained, two, tmp_path):
+    g = ("generate", "--mini", "--aligner", trained / "aligner", "--image", two / "a.png", "--text", "a cat", "--steps", 8)
+    for name, flags in (("plain", []), ("careful", ["--cache", 1e-6]), ("careless", ["--cache", 1e6])):
+        command(*g, *flags, "--out", tmp_path / f"{name}.png")
+    assert difference(tmp_path / "plain.png", tmp_path / "careful.png") == 0 < difference(tmp_path / "plain.png", tmp_path / "careless.png")
+    command(*g, "--cache", 0, code=2)
 
 
 def composed(patch, *args):

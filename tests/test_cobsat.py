@@ -1,8 +1,6 @@
 """cobsat_eval.py: prompts against a second implementation, the judges' reading, and the steps through the command line."""
-import contextlib
 import csv
 import hashlib
-import io
 import json
 import os
 import random
@@ -13,7 +11,7 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import pytest
@@ -23,31 +21,12 @@ import cobsat_eval
 import common
 import miniature
 from common import REPO
+from helpers import command, complaint
 
 SCRIPT = str(REPO / "cobsat_eval.py")
 SMALL = "--mini --tasks 1 4 --shots 2 4 --limit 3 --batch-size 8 --steps 1".split()
 METHODS = ("thinkdiff", "relay", "oracle")
-
-
-def command(*args, code=0):
-    """The command line in this process (importing it takes seconds); checks the exit code. Returns stdout, stderr."""
-    out, err = io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        patch.setattr(sys, "argv", [SCRIPT, *map(str, args)])
-        try:
-            common.run(cobsat_eval.main)
-            ended = 0
-        except SystemExit as stop:
-            ended = stop.code
-    assert ended == code, err.getvalue()[-2000:]
-    return out.getvalue(), err.getvalue()
-
-
-def complaint(*args, code=1):
-    """The one line in which the script complains."""
-    lines = [line for line in command(*args, code=code)[1].splitlines() if "error: " in line]
-    assert len(lines) == 1
-    return lines[0]
+command, complaint = partial(command, SCRIPT), partial(complaint, SCRIPT)
 
 
 def rows_of(folder):
@@ -258,6 +237,16 @@ def test_changed_settings_need_overwrite(base, images, tmp_path):
         patch.setattr(cobsat_eval, "LOAD", {**cobsat_eval.LOAD, "vlm": None})  # the other judge has nothing to do
         command(*judged, "--overwrite")
     assert json.loads((tmp_path / "x/verdicts/clip/settings.json").read_text())["model"].startswith("clip ")
+
+
+def test_drawing_flags_act_and_are_settings_where_they_change_the_picture(base, images, tmp_path):
+    few = ("generate", *SMALL[:-2], "--tasks", 1, "--shots", 2, "--images", images, "--method", "oracle", "--steps", 4)
+    for name, flags in (("plain", []), ("careful", ["--cache", 1e-6]), ("careless", ["--cache", 1e6])):
+        command(*few, "--out", tmp_path / name, *flags)
+    plain, careful, careless = (next((tmp_path / name).glob("exps/*/*/*/*/*.jpg")).read_bytes() for name in ("plain", "careful", "careless"))
+    assert plain == careful != careless
+    assert "cache 1e-06, now None" in complaint(*few, "--out", tmp_path / "careful")
+    assert "quantize None, now True" in complaint("generate", *SMALL, "--images", images, "--out", base, "--quantize")
 
 
 # ---------------------------------------------------------------- a folder that somebody else made: reference pictures as answers

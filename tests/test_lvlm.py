@@ -1,6 +1,5 @@
 """thinkdiff_lvlm.py: loss, frozen parts, resume and DDP through the command line; generation against the stock pipelines."""
 import argparse
-import contextlib
 import csv
 import importlib
 import io
@@ -13,64 +12,42 @@ import signal
 import socket
 import subprocess
 import sys
-import tarfile
 import time
-from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import FluxPipeline
+from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoProcessor, AutoTokenizer, Qwen2VLForConditionalGeneration, T5ForConditionalGeneration
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer, Qwen2VLForConditionalGeneration, T5ForConditionalGeneration
 
-import common
-import prepare_data
+import drawing
 import thinkdiff_lvlm
 from aligner import Aligner
 from common import MINI, REPO
-from thinkdiff_lvlm import Shards, collate, decode_loss, load_t5_decoder, sample_order, smear, split
+from helpers import command, complaint, write_tar
+from prepare_data import load_vlm
+from thinkdiff_lvlm import Shards, collate, decode_loss, load_t5_decoder, recompute, sample_order, smear, split
 from world import PAIRS, draw
 
 SCRIPT = str(REPO / "thinkdiff_lvlm.py")
 SMALL = "--mini --batch-size 8 --micro-batch 4 --log-every 1 --eval-every 4 --held-out 4 --warmup 2 --lr-horizon 20 --memory-noise 1.5".split()
 
 
-def command(script, *args, code=0):
-    """A script's command line in this process (importing it takes seconds); checks the exit code. Returns stdout, stderr."""
-    out, err = io.StringIO(), io.StringIO()
-    main = {"thinkdiff_lvlm.py": thinkdiff_lvlm.main, "prepare_data.py": prepare_data.main}[Path(script).name]
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        patch.setattr(sys, "argv", [str(script), *map(str, args)])
-        try:
-            common.run(main)
-            ended = 0
-        except SystemExit as stop:
-            ended = stop.code
-    assert ended == code, err.getvalue()[-2000:]
-    return out.getvalue(), err.getvalue()
-
-
-def complaint(*args, code=1):
-    """The one line in which a script complains."""
-    lines = [line for line in command(*args, code=code)[1].splitlines() if "error: " in line]
-    assert len(lines) == 1
-    return lines[0]
-
-
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
     """40 drawn pictures, described by the mini VLM through the command line."""
     root = tmp_path_factory.mktemp("lvlm")
-    with tarfile.open(root / "a.tar", "w") as tar:
-        for i in range(40):
-            file, rng = io.BytesIO(), random.Random(f"test {i}")
-            draw(rng, *rng.choice(PAIRS)).save(file, "PNG")
-            info = tarfile.TarInfo(f"{i:03}.png")
-            info.size = len(file.getvalue())
-            file.seek(0)
-            tar.addfile(info, file)
+    members = {}
+    for i in range(40):
+        file, rng = io.BytesIO(), random.Random(f"test {i}")
+        draw(rng, *rng.choice(PAIRS)).save(file, "PNG")
+        members[f"{i:03}.png"] = file.getvalue()
+    write_tar(root / "a.tar", members)
     for name, more in (("data", []), ("tokens", ["--tokens-only"]), ("input", ["--features", "input"])):
         command(REPO / "prepare_data.py", "lvlm", "--mini", "--images", root / "a.tar", "--out", root / name, "--tokens", 24, *more)
     return root
@@ -114,18 +91,25 @@ def test_loss_equals_stock_t5_and_only_the_aligner_learns(data):
     before = {k: v.clone() for k, v in t5.state_dict().items()}
     pairs = [split(*shards[i], Args, p) for i, p in zip(range(5), positions)]
     x, mask, labels = collate(pairs, vlm_tokenizer, t5_tokenizer, "cpu")
-    total, count = decode_loss(t5, aligner(x), mask, labels)
+    memory = aligner(x)
+    memory.retain_grad()
+    total, count = decode_loss(t5, memory, mask, labels)
     (total / count).backward()
 
     stock = T5ForConditionalGeneration.from_pretrained(MINI["t5"], dtype=torch.float32).eval()  # whole, encoder and all
+    stock.requires_grad_(False)
     losses, tokens = [], []
     for i, p in zip(range(5), positions):  # one at a time, from the shard file, without padding
         features, y = shards.tensor(i, "features"), shards.tensor(i, "tokens").long()
         s = random.Random(f"0 {p}").randint(1, len(y) - 1)
         target = t5_tokenizer(vlm_tokenizer.decode(y[s:], skip_special_tokens=True), truncation=True, max_length=128, return_tensors="pt").input_ids
         assert target[0, -1] == t5_tokenizer.eos_token_id
-        with torch.no_grad():
-            losses.append(stock(encoder_outputs=(aligner(features[None, :s].float()),), labels=target).loss.item())
+        alone = aligner(features[None, :s].float()).detach().requires_grad_()
+        loss = stock(encoder_outputs=(alone,), labels=target).loss
+        loss.backward()
+        torch.testing.assert_close(memory.grad[i, :s], alone.grad[0] * target.shape[1] / count, rtol=1e-4, atol=1e-6)
+        assert not memory.grad[i, s:].any()
+        losses.append(loss.item())
         tokens.append(target.shape[1])
     assert count == sum(tokens)
     assert (total / count).item() == pytest.approx(np.average(losses, weights=tokens), abs=1e-5)
@@ -133,6 +117,27 @@ def test_loss_equals_stock_t5_and_only_the_aligner_learns(data):
     assert all(p.grad is not None for p in aligner.parameters())
     assert all(p.grad is None and not p.requires_grad for p in t5.parameters())
     assert all(torch.equal(v, before[k]) for k, v in t5.state_dict().items())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loss_of_either_kind_of_t5(tied, dtype):
+    """The first T5 shares embedding and lm_head and scales the decoder's output; v1.1 and Flan do neither."""
+    torch.manual_seed(0)
+    t5 = T5ForConditionalGeneration(AutoConfig.from_pretrained(MINI["t5"], scale_decoder_outputs=tied)).eval().requires_grad_(False).to(dtype)
+    if not tied:
+        t5.lm_head.weight = torch.nn.Parameter(torch.randn_like(t5.lm_head.weight), requires_grad=False)
+    labels = torch.randint(2, 400, (6, 50))
+    labels[0, 3:] = labels[1, 40:] = -100
+    ours, theirs = (torch.randn(6, 20, 32, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_() for _ in range(2))
+    mask = torch.ones(6, 20).long()
+    total, count = decode_loss(t5, ours, mask, labels)
+    logits = t5(encoder_outputs=(theirs,), attention_mask=mask, labels=labels).logits
+    expected = F.cross_entropy(logits.flatten(0, 1).double(), labels.flatten(), reduction="sum")
+    assert total.dtype == torch.float32 and total.item() == pytest.approx(expected.item(), rel=1e-6 if dtype == torch.float32 else 2e-4)
+    total.backward(), expected.backward()
+    scale = theirs.grad.abs().max()
+    torch.testing.assert_close(ours.grad / scale, theirs.grad / scale, rtol=0, atol=1e-5 if dtype == torch.float32 else 3e-2)
 
 
 # ---------------------------------------------------------------- training through the command line
@@ -184,6 +189,37 @@ def test_two_processes_equal_one(data, trained, tmp_path):
         torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-5)
 
 
+def losses(run):
+    return [float(row["loss"]) for row in csv.DictReader((run / "log.csv").open())]
+
+
+def test_micro_batches_hold_like_lengths_and_change_roundings_only(data, trained, tmp_path, monkeypatch):
+    steps = []
+    monkeypatch.setattr(thinkdiff_lvlm, "collate", lambda pairs, *rest: steps.append([len(y) for _, y in pairs]) or collate(pairs, *rest))
+    train(data, tmp_path / "x", "--steps", 3, "--micro-batch", 3, "--eval-every", 4)  # 3 + 3 + 2 a step, then the held-out samples
+    assert list(map(len, steps[:9])) == [3, 3, 2] * 3
+    for first in (0, 3, 6):
+        lengths = sum(steps[first:first + 3], [])
+        assert lengths == sorted(lengths) and len(set(lengths)) > 3
+    assert losses(tmp_path / "x") == pytest.approx(losses(trained)[:3], abs=1e-5)
+
+
+@pytest.fixture
+def count_graphs(monkeypatch):
+    """A list of the graphs that torch.compile makes. All of it is real but its last stage, the C++ compiler, which takes minutes."""
+    graphs, compiler = [], torch.compile
+    backend = lambda graph, inputs: graphs.append(graph) or graph.forward
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compiler(function, backend=backend, **options))
+    yield graphs
+    torch.compiler.reset()
+
+
+def test_compiled_training_is_the_same_but_for_roundings(data, trained, tmp_path, count_graphs):
+    train(data, tmp_path / "x", "--steps", 4, "--compile")
+    assert 1 <= len(count_graphs) <= 4  # with gradient and without; not one for every length
+    assert losses(tmp_path / "x") == pytest.approx(losses(trained)[:4], abs=1e-5)
+
+
 def test_memory_noise_depends_on_the_sample_alone():
     """--memory-noise: the same for a sample in any batch and padding, of the scale asked for, none on padding."""
     args = argparse.Namespace(seed=0, memory_noise=1.5)
@@ -195,10 +231,28 @@ def test_memory_noise_depends_on_the_sample_alone():
 
 
 def test_tokens_only_trains_the_same_aligner(data, trained, tmp_path):
-    """Features recomputed from picture and tokens are the stored ones but for a bf16 rounding."""
+    """Features recomputed from picture and tokens are the stored ones but for a bf16 rounding, whatever is computed with them."""
+    stored, tokens = Shards(data / "data"), Shards(data / "tokens")
+    vlm = load_vlm(MINI["vlm"], "cpu", torch.float32)
+    again = list(recompute(vlm, [(*tokens[i], 10 + i) for i in range(5)], SimpleNamespace(features="generated", micro_batch=2)))
+    for i, (x, y, position) in enumerate(again):
+        torch.testing.assert_close(x.float(), stored[i][0].float(), rtol=0.02, atol=0.02)
+        assert torch.equal(y, stored[i][1]) and position == 10 + i
     train(data, tmp_path / "tokens", "--steps", 8, "--save-every", 4, name="tokens")
-    stored, recomputed = (list(csv.DictReader((run / "log.csv").open())) for run in (trained, tmp_path / "tokens"))
-    assert [float(r["loss"]) for r in recomputed] == pytest.approx([float(r["loss"]) for r in stored], rel=5e-3)
+    assert losses(tmp_path / "tokens") == pytest.approx(losses(trained), rel=5e-3)
+
+
+def test_pictures_that_have_gone_are_skipped_named_and_counted(tmp_path):
+    for i in range(14):
+        draw(random.Random(f"gone {i}"), *PAIRS[i]).save(tmp_path / f"{i:02}.png")
+    command(REPO / "prepare_data.py", "lvlm", "--mini", "--images", tmp_path, "--out", tmp_path / "tokens", "--tokens", 8, "--tokens-only")
+    (tmp_path / "01.png").unlink()
+    (tmp_path / "02.png").write_bytes(b"broken")
+    err = train(tmp_path, tmp_path / "x", "--steps", 3, "--micro-batch", 1, name="tokens")[1]  # alone in a micro-batch
+    assert "skipped (2 so far)" in err and f"{tmp_path}/01.png" in err and f"{tmp_path}/02.png" in err and (tmp_path / "x" / "aligner").exists()
+    for file in tmp_path.glob("*.png"):
+        file.unlink()
+    assert "none of the 8 samples of a step can be read" in complaint(SCRIPT, "train", *SMALL, "--data", tmp_path / "tokens", "--out", tmp_path / "y")
 
 
 def test_ablations_run(data, tmp_path):
@@ -267,7 +321,7 @@ def test_generate_equals_stock_vlm_hand_made_aligner_and_stock_flux(trained, tmp
     with torch.no_grad():
         relay = pipe(prompt="", prompt_2=words, max_sequence_length=48, height=64, width=64, num_inference_steps=4,
                      generator=torch.Generator().manual_seed(7)).images[0]
-    assert abs(pixels(tmp_path / "relay.png") - np.asarray(relay).astype(int)).max() <= 1
+    assert (pixels(tmp_path / "relay.png") == np.asarray(relay).astype(int)).all()  # bit for bit, without flags
 
 
 def test_batch_draws_what_single_contexts_draw(trained, tmp_path):
@@ -289,6 +343,57 @@ def test_batch_draws_what_single_contexts_draw(trained, tmp_path):
     command(*common, "--text", "Draw a cat.", "--seed", 3, "--num-images", 2, "--out", tmp_path / "many.png")
     assert abs(pixels(tmp_path / "many-2.png") - pixels(tmp_path / "single.png")).max() <= 1
     assert abs(pixels(tmp_path / "many-1.png") - pixels(tmp_path / "single.png")).max() > 1
+
+
+def example(folder, *flags):
+    """The shipped example's picture."""
+    command(SCRIPT, "generate", "--mini", "--steps", 12, "--overwrite", "--out", folder / "x.png", *flags)
+    return pixels(folder / "x.png")
+
+
+def test_cache_skips_blocks(tmp_path, monkeypatch):
+    work, forward = [], FluxSingleTransformerBlock.forward
+    monkeypatch.setattr(FluxSingleTransformerBlock, "forward", lambda *args, **kwargs: work.append(1) or forward(*args, **kwargs))
+    plain = example(tmp_path)
+    every = len(work)
+    assert every == 4 * 2 * 12  # four such blocks; guidance takes two passes a step
+    assert (example(tmp_path, "--cache", 1e-6) == plain).all() and len(work) == 2 * every
+    careless = example(tmp_path, "--cache", 1e6)
+    assert len(work) == 2 * every + 4 * 2 and abs(careless - plain).mean() > 1  # the first step alone
+    work.clear()
+    halfway = example(tmp_path, "--cache", 0.25)
+    assert 8 < len(work) < every and 0 < abs(halfway - plain).mean() < abs(careless - plain).mean()
+
+
+def test_quantized_models_draw_nearly_the_same_picture(tmp_path, monkeypatch):
+    torchao = pytest.importorskip("torchao.utils", reason="--quantize needs pip install torchao")
+    plain, other, loaded, speed_up = example(tmp_path), example(tmp_path, "--seed", 1), [], drawing.speed_up
+    monkeypatch.setattr(thinkdiff_lvlm, "load_vlm", lambda *args, **options: loaded.append(load_vlm(*args, **options)) or loaded[0])
+    monkeypatch.setattr(drawing, "speed_up", lambda pipe, *rest: loaded.append(pipe) or speed_up(pipe, *rest))
+    quantized, ((vlm, _), pipe) = example(tmp_path, "--quantize"), loaded
+    for layer in (pipe.transformer.single_transformer_blocks[0].proj_mlp, vlm.model.language_model.layers[0].mlp.up_proj):
+        assert isinstance(layer.weight, torchao.TorchAOBaseTensor) and layer.weight.qdata.dtype == torch.int8
+    assert 0 < abs(quantized - plain).mean() < abs(other - plain).mean() / 4
+
+
+def test_compiled_pictures_are_the_same_but_for_roundings(tmp_path, count_graphs):
+    for flags in ([], ["--cache", 0.25]):  # with the cache, too, blocks of one class share what is compiled
+        plain = example(tmp_path, *flags)
+        count_graphs.clear()
+        compiled = example(tmp_path, "--compile", *flags)
+        assert 2 <= len(count_graphs) <= 4 and abs(compiled - plain).max() <= 1
+        torch.compiler.reset()
+
+
+def test_drawing_flags_that_cannot_work(monkeypatch, tmp_path):
+    g = (SCRIPT, "generate", "--mini", "--steps", 2, "--out", tmp_path / "x.png")
+    if not torch.cuda.is_available():
+        assert "there is no GPU here" in complaint(*g, "--offload")
+    for wrong in ("0", "-1", "nan", "much"):
+        command(*g, "--cache", wrong, code=2)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "pip install torchao==" in complaint(*g, "--quantize")
+    assert not (tmp_path / "x.png").exists()
 
 
 def test_generation_complaints(trained, tmp_path):

@@ -638,6 +638,17 @@ def difference(images, others):
     return f"differs by {abs(a - b).mean():.2g} of 255 on average, PSNR {10 * np.log10(255**2 / ((a - b) ** 2).mean()):.1f} dB"
 
 
+def compare_pictures(part, ways, results, args, report):
+    """Notes what became of FLUX's pictures in comparison with the baseline's; returns the part's rows by name."""
+    rows = {row["way"]: row for row in report["rows"] if row["part"] == part}
+    for way in ways:
+        if " px" in way.name and way.name in results and way.baseline in results:
+            rows[way.name]["note"] = difference(results[way.name], results[way.baseline])
+            if args.size == "full" and "--cache" in way.name:
+                rows[way.name]["note"] += "; random weights: the real FLUX's gain and change are others"
+    return rows
+
+
 def flux(args, report):
     ways = []
     for px in args.flux_sizes:
@@ -647,11 +658,7 @@ def flux(args, report):
                      *(Way(name + f"ours {flag}", way(**options), name + "stock FluxPipeline") for flag, options in FAST.items()
                        if batch == min(args.flux_batches) and not (args.no_compile and "compile" in options))]
     results = measure("flux", ways, args, report)
-    rows = {row["way"]: row for row in report["rows"] if row["part"] == "flux"}
-    for way in ways:
-        if way.name in results and way.baseline in results:
-            rows[way.name]["note"] = difference(results[way.name], results[way.baseline]) + (
-                "; with random weights neither the cache's gain nor its change is FLUX's" if args.size == "full" and "--cache" in way.name else "")
+    rows = compare_pictures("flux", ways, results, args, report)
     show("flux", report)
     px, batch = args.flux_sizes[0], min(args.flux_batches)
     same = [rows[f"{px} px, batch {batch}: ours"]["note"] for batch in args.flux_batches]
@@ -668,14 +675,14 @@ def memory(args, report):
     args.batch, px = 24, args.flux_sizes[0]
     training, vlm, plain = "LVLM training, 24 samples at once", "VLM, a picture described", f"FLUX, {px} px"
     describe, draw = partial(partial, features_job, args=args, report=report, how="hook", batch=1), partial(partial, flux_job, args=args, px=px, batch=1)
-    measure("memory", [
+    ways = [
         Way(training, partial(lvlm_job, args=args), f"{training}: {STOCK}", 24),
         Way(f"{training}: {STOCK}", partial(lvlm_job, args=args, ours=False), micro_batch=24),
         Way(vlm, describe()), Way(f"{vlm} --quantize", describe(quantize=True), vlm),
         Way(plain, draw()), Way(f"{plain}, with its T5 (--relay)", draw(t5_encoder=True), plain),
-        *(Way(f"{plain} {flag}", draw(**options), plain) for flag, options in SMALL.items())], args, report)
+        *(Way(f"{plain} {flag}", draw(**options), plain) for flag, options in SMALL.items())]
+    ours = compare_pictures("memory", ways, measure("memory", ways, args, report), args, report)[training]
     show("memory", report)
-    ours = next(row for row in report["rows"] if row["way"] == training)
     bar(report, "LVLM training, peak memory at 24 samples", ours.get("peak_gb") if ours["micro_batch"] == 24 else None, 20, at_least=False, unit=" GB")
 
 
@@ -693,7 +700,7 @@ def main():
     p.add_argument("--picture", type=positive, default=504, help="px of a picture that is described; 504 is 324 tokens (default: 504, mini 64)")
     p.add_argument("--feature-batches", type=positive, nargs="+", default=[32, 128], help="pictures described at once (default: 32 128, mini 8 32)")
     p.add_argument("--flux-sizes", type=positive, nargs="+", default=[512, 1024], help="px of a picture that is drawn (default: 512 1024, mini 64 128)")
-    p.add_argument("--flux-batches", type=positive, nargs="+", default=[1, 2, 4, 8], help="pictures drawn at once (default: 1 2 4 8)")
+    p.add_argument("--flux-batches", type=positive, nargs="+", default=[1, 2, 4, 8], help="pictures drawn at once (default: 1 2 4 8, mini 1 4)")
     p.add_argument("--flux-steps", type=positive, default=28, help=f"steps of a picture {shown}")
     p.add_argument("--no-compile", action="store_true", help="leave out the ways with --compile, which take minutes")
     p.add_argument("--rounds", type=positive, default=2, help=f"times that each way is built and measured {shown}")
@@ -704,7 +711,7 @@ def main():
     p.add_argument("--out", help="where to write, without ending (default: results/bench-SIZE)")
     p.set_defaults(masking="random", features="generated")  # of thinkdiff_lvlm.py train
     if p.parse_args().size == "mini":
-        p.set_defaults(picture=64, feature_batches=[8, 32], flux_sizes=[64, 128], seconds=5)
+        p.set_defaults(picture=64, feature_batches=[8, 32], flux_sizes=[64, 128], flux_batches=[1, 4], seconds=5)
     args = p.parse_args()
     args.out = args.out or f"results/bench-{args.size}"
     args.device, dtype = pick_device()

@@ -233,18 +233,6 @@ def decode_loss(t5, memory, mask, labels):
     return losses.float().sum(), (labels != -100).sum()
 
 
-def smear(memory, mask, positions, rms, args):
-    """--memory-noise, beyond the paper: adds Gaussian noise to x', of sigma ~ U(0, --memory-noise) x rms, one sigma a sample.
-
-    The decoder then needs x' in the middle of what it understands, near T5's own outputs, not merely at the border.
-    memory (B, S, d_t5), mask (B, S); rms: of T5's final norm; positions: the samples' places in the stream, which decide their noise."""
-    noise = torch.zeros_like(memory, device="cpu")
-    for row, (length, position) in enumerate(zip(mask.sum(1).tolist(), positions)):
-        g = torch.Generator().manual_seed(random.Random(f"noise {args.seed} {position}").getrandbits(60))
-        noise[row, :length] = torch.rand((), generator=g) * torch.randn(length, memory.shape[2], generator=g)
-    return memory + args.memory_noise * rms * noise.to(memory.device)
-
-
 def learning_rate(step, args):
     """Linear warm-up from 1e-6, then a cosine from --lr to --lr-end over --lr-horizon steps."""
     if step < args.warmup:
@@ -254,7 +242,7 @@ def learning_rate(step, args):
 
 
 # ---------------------------------------------------------------- checkpoints: a folder each, complete or not there at all
-SETTINGS = ("data", "vlm", "t5", "batch_size", "lr", "lr_end", "lr_horizon", "warmup", "weight_decay", "memory_noise",
+SETTINGS = ("data", "vlm", "t5", "batch_size", "lr", "lr_end", "lr_horizon", "warmup", "weight_decay",
             "masking", "norm", "hidden", "seed", "held_out")
 
 
@@ -348,23 +336,22 @@ def train(args):
         return samples
 
     def micro_batches(reading):
-        """Yields what the decoder is shown and must write: x (B, 65, d_vlm), t (B, L, d_t5), mask (B, 65 + L), labels (B, T), positions."""
-        samples = [((pixels, *split(caption, args, position)), position) for pixels, caption, position in readable(reading)]
+        """Yields what the decoder is shown and must write: x (B, 65, d_vlm), t (B, L, d_t5), mask (B, 65 + L), labels (B, T)."""
+        samples = [(pixels, *split(caption, args, position)) for pixels, caption, position in readable(reading)]
         # samples with targets of like length share a micro-batch, so that little of it is padding; because the loss is a mean over the
         # tokens of the whole step, who shares with whom changes the gradient by no more than a rounding
-        samples.sort(key=lambda sample: len(sample[0][-1]))
+        samples.sort(key=lambda sample: len(sample[-1]))
         for at in range(0, len(samples), args.micro_batch):
-            triples, positions = zip(*samples[at:at + args.micro_batch])
-            pixels, ids, first_mask, labels = collate(triples, t5_tokenizer, device)
+            pixels, ids, first_mask, labels = collate(samples[at:at + args.micro_batch], t5_tokenizer, device)
             x, t = image_tokens(clip, pixels), encode(t5, ids, first_mask)
-            yield x, t, torch.cat([first_mask.new_ones(x.shape[:2]), first_mask], dim=1), labels, positions
+            yield x, t, torch.cat([first_mask.new_ones(x.shape[:2]), first_mask], dim=1), labels
 
     @torch.no_grad()
     def held_out_loss():
         total = torch.zeros(2)
         for at in range(n_train, len(data), args.batch_size):
             reading = read(range(at, min(at + args.batch_size, len(data))), at)  # fixed splits: the same task at every evaluation
-            for x, t, mask, labels, _ in micro_batches(reading):
+            for x, t, mask, labels in micro_batches(reading):
                 with autocast:
                     memory = torch.cat([aligner(x), t], dim=1)
                 total += torch.tensor([float(v) for v in decode_loss(t5, memory, mask, labels)])
@@ -374,7 +361,6 @@ def train(args):
     if rank == 0 and args.resume and log_file.exists():
         rows = [r for r in csv.DictReader(log_file.open()) if int(r["step"]) <= step]  # what a killed run logged after its checkpoint
     pipe = load_flux(args.flux, device, dtype) if args.sample_every and rank == 0 else None
-    rms = t5.encoder.final_layer_norm.weight.float().square().mean().sqrt()
     share = args.batch_size // world
     stream = sample_order(n_train, args.seed, step * args.batch_size)
     read_step = lambda step: read([next(stream) for _ in range(args.batch_size)][rank * share:][:share], step * args.batch_size + rank * share)
@@ -389,17 +375,15 @@ def train(args):
         micro = list(micro_batches(reading))
         if not micro:
             raise UserError(f"none of the {share} samples of a step can be read: are the pictures still where they were?")
-        count = sum((labels != -100).sum() for *_, labels, _ in micro).float()
+        count = sum((labels != -100).sum() for *_, labels in micro).float()
         if world > 1:
             dist.all_reduce(count)  # the mean is over the tokens of the whole batch, however it is spread
         loss = torch.zeros((), device=device)
-        for i, (x, t, mask, labels, positions) in enumerate(micro):
+        for i, (x, t, mask, labels) in enumerate(micro):
             if world > 1:
                 model.require_backward_grad_sync = i == len(micro) - 1
             with autocast:
                 memory = model(x)  # Eq. 1: (B, 65, d_t5)
-            if args.memory_noise:
-                memory = smear(memory, mask[:, :x.shape[1]], positions, rms, args)
             memory = torch.cat([memory, t], dim=1)  # Eq. 4: f_cat(AN(x), t), (B, 65 + L, d_t5)
             part = decode_loss(t5, memory, mask, labels)[0] / count
             (part * world).backward()  # DDP averages the gradients over the processes; the loss is already their mean
@@ -600,10 +584,7 @@ def main():
     p.add_argument("--lr-end", type=float, default=8e-5, help="learning rate at the end of the cosine")
     p.add_argument("--lr-horizon", type=positive, default=200000, help="step at which the cosine ends (the released code's)")
     p.add_argument("--warmup", type=int, default=2000, help="steps of linear warm-up from 1e-6")
-    p.add_argument("--weight-decay", type=float, default=0.05, help="AdamW's, on matrices (paper: 0.05); a larger one removes what the random "
-                   "initialisation left in directions that T5's decoder ignores and FLUX does not")
-    p.add_argument("--memory-noise", type=float, default=0.0, help="beyond the paper (0): noise on the aligner's output in training, up to so many "
-                   "times the RMS of T5's encoder norm, for features nearer to T5's own")
+    p.add_argument("--weight-decay", type=float, default=0.05, help="AdamW's, on matrices")
     p.add_argument("--masking", choices=("random", "none"), default="random", help="random first words in, rest as target; none: no words in, all as target")
     p.add_argument("--norm", choices=NORMS, default="t5", help="aligner's RMSNorm: started from T5's, default (1), or none (Fig. 7)")
     p.add_argument("--hidden", type=positive, help="width between the aligner's two layers; not given: T5's, as in the paper")

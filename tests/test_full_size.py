@@ -54,7 +54,8 @@ def full(tmp_path_factory):
     AutoProcessor.from_pretrained(MINI["vlm"]).save_pretrained(root / "vlm")
 
     small = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
-    blip2 = Blip2Config(vision_config=dict(hidden_size=D_EVA, intermediate_size=32, num_hidden_layers=1, num_attention_heads=16, image_size=224, patch_size=14),
+    blip2 = Blip2Config(vision_config=dict(hidden_size=D_EVA, intermediate_size=32, num_hidden_layers=1, num_attention_heads=16, image_size=224, patch_size=14,
+                                            initializer_range=0.05),
                         qformer_config=dict(**small, encoder_hidden_size=D_EVA), text_config=dict(model_type="t5", d_model=16, num_layers=1))
     tower = Blip2VisionModel(blip2.vision_config)
     torch.nn.init.normal_(tower.post_layernorm.weight)

@@ -1,5 +1,4 @@
 """thinkdiff_lvlm.py: loss, frozen parts, resume and DDP through the command line; generation against the stock pipelines."""
-import argparse
 import csv
 import importlib
 import io
@@ -31,11 +30,11 @@ from aligner import Aligner
 from common import MINI, REPO
 from helpers import command, complaint, write_tar
 from prepare_data import load_vlm
-from thinkdiff_lvlm import Shards, collate, decode_loss, load_t5_decoder, recompute, sample_order, smear, split
+from thinkdiff_lvlm import Shards, collate, decode_loss, load_t5_decoder, recompute, sample_order, split
 from world import PAIRS, draw
 
 SCRIPT = str(REPO / "thinkdiff_lvlm.py")
-SMALL = "--mini --batch-size 8 --micro-batch 4 --log-every 1 --eval-every 4 --held-out 4 --warmup 2 --lr-horizon 20 --memory-noise 1.5".split()
+SMALL = "--mini --batch-size 8 --micro-batch 4 --log-every 1 --eval-every 4 --held-out 4 --warmup 2 --lr-horizon 20".split()
 
 
 @pytest.fixture(scope="session")
@@ -218,16 +217,6 @@ def test_compiled_training_is_the_same_but_for_roundings(data, trained, tmp_path
     train(data, tmp_path / "x", "--steps", 4, "--compile")
     assert 1 <= len(count_graphs) <= 4  # with gradient and without; not one for every length
     assert losses(tmp_path / "x") == pytest.approx(losses(trained)[:4], abs=1e-5)
-
-
-def test_memory_noise_depends_on_the_sample_alone():
-    """--memory-noise: the same for a sample in any batch and padding, of the scale asked for, none on padding."""
-    args = argparse.Namespace(seed=0, memory_noise=1.5)
-    zeros, mask = torch.zeros(2, 50, 400), torch.tensor([[1] * 50, [1] * 30 + [0] * 20])
-    both = smear(zeros, mask, [7, 8], 0.2, args)
-    assert torch.equal(both[1, :30], smear(zeros[:1, :30], mask[:1, :30], [8], 0.2, args)[0]) and not both[1, 30:].any()
-    sigma = torch.stack([smear(zeros[:1], mask[:1], [position], 0.2, args).std() for position in range(200)])
-    assert 0 < sigma.min() and sigma.max() < 1.5 * 0.2 * 1.05 and sigma.mean() == pytest.approx(0.15, rel=0.15)
 
 
 def test_tokens_only_trains_the_same_aligner(data, trained, tmp_path):

@@ -102,3 +102,12 @@ def test_unsafe_damaged_and_missing_files(tmp_path):
     (tmp_path / "cut" / "model.safetensors").write_bytes((tmp_path / "cut" / "model.safetensors").read_bytes()[:100])
     with pytest.raises(UserError):
         load_aligner(tmp_path / "cut")
+
+
+def test_hidden_width_is_the_papers_unless_given(tmp_path):
+    assert Aligner(6, 4).net[0].weight.shape == (4, 6)
+    aligner = Aligner(6, 4, hidden=9)
+    assert [tuple(p.shape) for p in aligner.parameters()] == [(9, 6), (9,), (4, 9), (4,), (4,)]
+    aligner.save_pretrained(tmp_path)
+    x = torch.randn(2, 3, 6)
+    assert torch.equal(load_aligner(tmp_path)(x), aligner(x))

@@ -29,7 +29,6 @@ import io
 import json
 import random
 import shutil
-import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -728,8 +727,8 @@ def main():
         if name != "generate":
             p.add_argument("--judge", nargs="+", choices=("vlm", "clip"), default=["vlm", "clip"], help="the first one's verdict is `correct`")
         if judges:
-            p.add_argument("--judge-vlm", default="llava-hf/llava-1.5-13b-hf", help="any image-text-to-text model: path or hub name")
-            p.add_argument("--judge-clip", default="openai/clip-vit-base-patch32", help="CLIP path or hub name")
+            p.add_argument("--judge-vlm", default=MODELS["judge-vlm"], help="any image-text-to-text model: path or hub name")
+            p.add_argument("--judge-clip", default=MODELS["judge-clip"], help="CLIP path or hub name")
         if name in ("run", "table"):
             p.add_argument("--gallery", type=positive, default=100, help="prompts of each task and shot count shown in report.html")
         mini = {"out": Path("results/mini"), "scale": "miniature", "limit": 100, "batch_size": 32, "vlm": MINI["vlm"], "flux": MINI["flux"],

@@ -26,7 +26,7 @@ import thinkdiff_lvlm
 from aligner import Aligner
 from common import MINI, REPO
 from helpers import command, complaint, write_tar
-from thinkdiff_clip import MAX_SIDE, Pairs, collate, decode_loss, encode, image_tokens, load_clip, load_t5, pool, preprocess, split
+from thinkdiff_clip import Pairs, collate, decode_loss, encode, image_tokens, load_clip, load_t5, pool, preprocess, split
 from world import PAIRS, caption, draw
 
 SCRIPT = str(REPO / "thinkdiff_clip.py")

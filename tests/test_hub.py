@@ -15,9 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Blip2Config, Blip2ForConditionalGeneration, Qwen2VLForConditionalGeneration, T5Config, T5ForConditionalGeneration
 
-import common
 from common import MINI, REPO, UserError, part_weights, t5_decoder, weight_files
-from helpers import command, complaint, in_new_process
+from helpers import command, in_new_process
 from prepare_data import caption_messages, encode_messages, load_vlm
 from test_prepare_data import picture
 from thinkdiff_clip import load_clip, load_t5

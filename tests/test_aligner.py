@@ -26,6 +26,7 @@ def test_equation_1_with_t5s_norm():
 
 
 def test_ablations_of_figure_7():
+    torch.manual_seed(0)
     weight, x = torch.full((8,), 0.2), torch.randn(3, 12)
     default, none = Aligner(12, 8, norm="default"), Aligner(12, 8, norm="none")
     for aligner in (default, none):
@@ -63,6 +64,7 @@ def released(prefix="", **changes):
 
 @pytest.mark.parametrize("prefix", ["", "module."])
 def test_released_checkpoint(tmp_path, prefix):
+    # released() seeds torch for the features below as well
     state = released(prefix)
     torch.save(state, tmp_path / "thinkdiff_lvlm.pth")
     aligner, x = load_aligner(tmp_path / "thinkdiff_lvlm.pth", d_vlm=12, d_t5=8), torch.randn(2, 3, 12)
@@ -87,25 +89,60 @@ def test_wrong_checkpoints_are_named(tmp_path, state, said):
 
 
 class Unsafe:
-    pass
+    """An object whose pickle makes a file when it is loaded."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
 
 
-def test_unsafe_damaged_and_missing_files(tmp_path):
-    torch.save({"model": Unsafe()}, tmp_path / "unsafe.pth")  # a pickled object: reading it would run code
+@pytest.mark.parametrize("name, options", [("x.pth", {}), ("x.pt", {}),
+                                           ("x.pth", {"_use_new_zipfile_serialization": False})])
+def test_no_code_of_a_pickle_runs(tmp_path, name, options):
+    """With the tensors of a good aligner beside it."""
+    trace = tmp_path / "trace"
+    torch.save({**released(), "config": Unsafe(trace)}, tmp_path / name, **options)
+    torch.load(tmp_path / name, weights_only=False)["config"].close()
+    assert trace.exists()
+    trace.unlink()
+    with pytest.raises(UserError, match="cannot be read as a torch checkpoint with weights_only"):
+        load_aligner(tmp_path / name)
+    assert not trace.exists()
+    # a folder: only safetensors are read
+    (tmp_path / name).rename(tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text('{"d_vlm": 12, "d_t5": 8}')
+    with pytest.raises(UserError, match="holds no aligner"):
+        load_aligner(tmp_path)
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("name, said", [
+    ("half.pth", "half.pth cannot be read as a torch checkpoint"),
+    ("missing.pth", "no aligner at .*missing.pth: give the path of"),
+    ("empty", "empty holds no aligner .config.json and model.safetensors.: give the folder"),
+    ("missing/folder/aligner", "no aligner at .*missing/folder/aligner: train one"),
+    ("no/such-repo", "no/such-repo is neither a folder here nor reachable on the hub"),
+    ("cut", "cut .*(SafetensorError|does not hold an aligner)"),
+    ("config", "config does not hold an aligner of this project"),
+])
+def test_damaged_and_missing_files_are_named(tmp_path, name, said):
     (tmp_path / "half.pth").write_bytes(b"PK\3\4 half a file")
     (tmp_path / "empty").mkdir()
-    for name in ("unsafe.pth", "half.pth", "missing.pth", "empty", "missing/folder/aligner", "no/such-repo"):
-        with pytest.raises(UserError) as error:
-            load_aligner(tmp_path / name if name != "no/such-repo" else name)
-        assert len(str(error.value).splitlines()) == 1
-    Aligner(12, 8).save_pretrained(tmp_path / "cut")
-    (tmp_path / "cut" / "model.safetensors").write_bytes((tmp_path / "cut" / "model.safetensors").read_bytes()[:100])
-    with pytest.raises(UserError):
-        load_aligner(tmp_path / "cut")
+    for folder in ("cut", "config"):
+        Aligner(12, 8).save_pretrained(tmp_path / folder)
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    (tmp_path / "config" / "config.json").write_text("{")
+    with pytest.raises(UserError, match=said) as error:
+        load_aligner(name if name == "no/such-repo" else tmp_path / name)
+    assert len(str(error.value).splitlines()) == 1
 
 
 def test_hidden_width_is_the_papers_unless_given(tmp_path):
     assert Aligner(6, 4).net[0].weight.shape == (4, 6)
+    torch.manual_seed(0)
     aligner = Aligner(6, 4, hidden=9)
     assert [tuple(p.shape) for p in aligner.parameters()] == [(9, 6), (9,), (4, 9), (4,), (4,)]
     aligner.save_pretrained(tmp_path)

@@ -2,6 +2,8 @@
 import csv
 import hashlib
 import importlib.util
+import io
+import itertools
 import json
 import random
 import re
@@ -15,13 +17,17 @@ from functools import partial
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import cobsat_eval
 import common
 import miniature
-from common import REPO
+from common import MINI, REPO
 from helpers import command, complaint
+from references import (aligner_weights, answer, cobsat_parts, eq1, load_flux, load_vlm, picture,
+                        pixels, save_guided_flux, t5_prompt)
 
 SCRIPT = str(REPO / "cobsat_eval.py")
 SMALL = "--mini --tasks 1 4 --shots 2 4 --limit 3 --batch-size 8 --steps 1".split()
@@ -180,26 +186,70 @@ def test_a_finished_run_is_not_run_again(base, images, monkeypatch):
     assert tree(base) == before
 
 
-def test_a_picture_does_not_depend_on_its_batch(base, images, tmp_path):
-    command("generate", *SMALL, "--tasks", 4, "--shots", 4, "--limit", 2, "--batch-size", 1, "--images", images, "--method", *METHODS, "--out", tmp_path)
-    drawn = sorted(tmp_path.glob("exps/*/*/*/*/*.jpg"))
-    assert len(drawn) == 6
-    for path in drawn:
-        one, many = (np.asarray(Image.open(file)).astype(int) for file in (path, base / path.relative_to(tmp_path)))
-        assert abs(one - many).max() <= 4  # a rounding, magnified by JPEG
+def test_pictures_equal_those_of_stock_models_one_at_a_time(images, tmp_path):
+    """Answers that EOS ends and answers that are cut off, all methods, no flag at its default."""
+    folder, out = save_guided_flux(tmp_path / "flux"), tmp_path / "out"
+    shutil.copytree(MINI["aligner"], tmp_path / "aligner")
+    other = {name: 1.2 * weight for name, weight in aligner_weights(MINI["aligner"]).items()}
+    save_file({f"net.{name}": weight for name, weight in other.items()},
+              tmp_path / "aligner/model.safetensors", metadata={"format": "pt"})
+    command("generate", *"--mini --tasks 1 4 --shots 2 --limit 3 --batch-size 4 --seed 3".split(),
+            *"--size 32 --steps 3 --guidance 9 --true-cfg 2 --t5-length 12 --cache 1e6".split(),
+            "--max-new-tokens", 9, "--method", *METHODS, "--images", images, "--flux", folder,
+            "--aligner", tmp_path / "aligner", "--out", out)
+    vlm, flux = load_vlm(MINI["vlm"]), load_flux(folder)
+    ends = []
+    for p in [*cobsat_eval.prompts(1, 2)[:3], *cobsat_eval.prompts(4, 2)[:3]]:
+        parts = cobsat_parts(p.words, [images / name for name in p.pictures])
+        x, words, ended = answer(vlm, parts, 9)
+        ends.append(ended)
+        stored = load_file(out / f"thoughts/shot_2/task_{p.task}/{p.name}.safetensors")["x"]
+        torch.testing.assert_close(stored, x, rtol=0, atol=1e-4)  # as many states, too
+        files = {method: out / f"exps/{method}_image/shot_2/default/task_{p.task}/{p.name}.jpg"
+                 for method in METHODS}
+        truth = json.loads(files["oracle"].with_suffix(".json").read_text())["description"]
+        assert all(word in truth for word in (INSTEAD.get(p.answer[1], p.answer[1]), p.answer[2]))
+        prompts = {"thinkdiff": eq1(other, x), "relay": t5_prompt(flux, words, 12),
+                   "oracle": t5_prompt(flux, truth, 12)}
+        for method, prompt in prompts.items():
+            expected = picture(flux, prompt, seed=3 + p.number, size=32, steps=3, guidance=9.0,
+                               true_cfg=2.0, cache=1e6)
+            jpeg = io.BytesIO()
+            Image.fromarray(expected.astype(np.uint8)).save(jpeg, "JPEG", quality=95)
+            assert abs(pixels(files[method]) - pixels(jpeg)).max() <= 4  # a rounding before JPEG
+    assert set(ends) == {True, False}
+
+
+def test_mixed_details_in_a_batch_are_judged_as_one_at_a_time(base, images):
+    """The reference pictures at the ends of a detail, whose questions are of other lengths."""
+    verdicts = json.loads((base / "verdicts/vlm/references.json").read_text())
+    names = list(verdicts)
+    batches = [names[at:at + 8] for at in range(0, 500, 8)]  # --batch-size of SMALL
+    mixed = [name for batch in batches for name in batch
+             if len({name.split("_")[0] for name in batch}) > 1]
+    assert len(mixed) == 16
+    model, processor = load_vlm(MINI["vlm"])
+    for name in mixed:
+        detail = name.removeprefix("datasets/").split("_")[0]
+        for key, about_noun in (("detail", False), ("object", True)):
+            asked = {"type": "text", "text": cobsat_eval.question(detail, about_noun)}
+            content = [{"type": "image", "image": Image.open(images / name)}, asked]
+            inputs = processor.apply_chat_template(
+                [{"role": "user", "content": content}], tokenize=True, return_dict=True,
+                add_generation_prompt=True, return_tensors="pt")
+            tokens = model.generate(**inputs, max_new_tokens=32, do_sample=False)
+            said = processor.decode(tokens[0, inputs["input_ids"].shape[1]:],
+                                    skip_special_tokens=True)
+            assert verdicts[name][key] == said.strip(), (name, key)
 
 
 def test_killed_three_times_and_restarted_is_identical(base, images, tmp_path):
-    """Killed as soon as a random number of the undisturbed run's files is there."""
-    steps = ["thoughts/*/*/*.safetensors", "exps/*/*/*/*/*.jpg", "verdicts/*/*.json"]  # in the order in which they come
-    count = lambda folder: sum(len(list(folder.glob(pattern))) for pattern in steps)
-    total = count(base)
-    moments = sorted(random.Random().sample(range(1, total - 2), 2)) + [total - 2]  # the last: when the first judge has begun
-    print("killed at", moments, "of", total)
-    for moment in moments:
+    """Killed when the first answers, half of the pictures, and the first verdicts are there."""
+    for pattern, number in (("thoughts/*/*/*.safetensors", 1), ("exps/*/*/*/*/*.jpg", 18),
+                            ("verdicts/*/references.json", 1)):
         process = subprocess.Popen([sys.executable, SCRIPT, "run", *SMALL, "--images", images, "--method", *METHODS, "--out", tmp_path], cwd=REPO,
                                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while count(tmp_path) < moment:
+        while len(list(tmp_path.glob(pattern))) < number:
             assert process.poll() is None
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
@@ -239,15 +289,13 @@ def test_changed_settings_need_overwrite(base, images, tmp_path):
     assert json.loads((tmp_path / "x/verdicts/clip/settings.json").read_text())["model"].startswith("clip ")
 
 
-def test_drawing_flags_act_and_are_settings_where_they_change_the_picture(base, images, tmp_path):
-    few = ("generate", *SMALL[:-2], "--tasks", 1, "--shots", 2, "--images", images, "--method", "oracle", "--steps", 4)
-    for name, flags in (("plain", []), ("careful", ["--cache", 1e-6]), ("careless", ["--cache", 1e6])):
-        command(*few, "--out", tmp_path / name, *flags)
-    plain, careful, careless = (next((tmp_path / name).glob("exps/*/*/*/*/*.jpg")).read_bytes() for name in ("plain", "careful", "careless"))
-    assert plain == careful != careless
-    assert "cache 1e-06, now None" in complaint(*few, "--out", tmp_path / "careful")
-    if importlib.util.find_spec("torchao"):
-        assert "quantize None, now True" in complaint("generate", *SMALL, "--images", images, "--out", base, "--quantize")
+def test_drawing_flags_that_change_the_picture_are_settings(base, images, monkeypatch):
+    find = importlib.util.find_spec  # no weights are quantized here: torchao need not be installed
+    monkeypatch.setattr("importlib.util.find_spec",
+                        lambda name, *rest: name == "torchao" or find(name, *rest))
+    again = ("generate", *SMALL, "--images", images, "--out", base, "--method", "oracle")
+    assert "quantize None, now True" in complaint(*again, "--quantize")
+    assert "cache None, now 0.5" in complaint(*again, "--cache", 0.5)
 
 
 # ---------------------------------------------------------------- a folder that somebody else made: reference pictures as answers
@@ -285,16 +333,10 @@ def test_scores_by_hand_and_swapped_pictures(copycat, images):
         right = [row["vlm_says"] == row["wanted"] for row in mine]
         assert cell["n"] == len(mine) == 12 and cell["missing"] == 0 and cell["judge"] == "vlm"
         assert cell["correct"] == round(sum(right) / 12, 4) and [int(row["correct"]) for row in mine] == right
-        nouns = [row["vlm_says"].split()[-1] == row["wanted"].split()[-1] for row in mine]
-        details = [row["vlm_says"].rsplit(" ", 1)[0] == row["wanted"].rsplit(" ", 1)[0] for row in mine]
-        textual, visual = (details, nouns) if task == "Style-I" else (nouns, details)
-        for metric, values in (("object", nouns), ("detail", details), ("textual", textual), ("visual", visual),
-                               ("clip_correct", [row["clip_says"] == row["wanted"] for row in mine]),
+        for metric, values in (("clip_correct", [row["clip_says"] == row["wanted"] for row in mine]),
                                ("agree", [(row["clip_says"] == row["wanted"]) == ok for row, ok in zip(mine, right)]),
                                ("similarity", [float(row["similarity"]) for row in mine])):
             assert cell[metric] == pytest.approx(sum(values) / 12, abs=1e-4)
-            low, high = cell[f"{metric}_95"]
-            assert low <= cell[metric] <= high
         assert f"{cell['correct']:.3f} [" in (copycat / "results.md").read_text()
 
     one = next(row for row in rows if row["correct"] == row["clip_correct"] == "1")  # two right pictures that share neither noun nor value
@@ -330,6 +372,59 @@ def test_missing_and_broken_pictures_are_wrong_and_listed(copycat, images, tmp_p
         assert all(rows[file.stem][key] == "0" for key in ("correct", "detail", "object", "clip_correct")) and f"{file.stem}: " in out
     assert json.loads((tmp_path / "x/results.json").read_text())["copycat"]["2"]["Action-II"]["missing"] == 3
     assert "3 missing or broken pictures" in (tmp_path / "x/report.html").read_text()
+
+
+# ---------------------------------------------------------------- statistics
+def test_statistics_and_ranking_of_typed_verdicts(base, images, tmp_path):
+    """Of 60 answers to task t, only the detail is right in 2 t, only the noun in t, nothing in t.
+
+    One of the last is missing. Methods a and b have 10 and 20 more with nothing right."""
+    (tmp_path / "verdicts/vlm").mkdir(parents=True)
+    shutil.copy(base / "verdicts/vlm/references.json", tmp_path / "verdicts/vlm")
+    more = {"a": 10, "b": 20, "c": 0}
+    for method, task in itertools.product(more, X_THETA):
+        nouns = WORDS[next(name for name in X_THETA[task] if name in ("object", "animal"))]
+        right = ["detail"] * 2 * task + ["object"] * task + [""] * (task - 1 + more[method])
+        right += ["detail object"] * (59 - len(right))
+        prompts = cobsat_eval.prompts(task, 2)[:60]
+        verdicts = {prompts[59].name: {"file": None, "error": "missing"}}
+        for p, keys in zip(prompts, right):
+            detail, value, noun = p.answer
+            numbers = {"detail": WORDS[detail].index(value), "object": nouns.index(noun)}
+            said = {key: f"({(number + (key not in keys)) % 10 + 1})"
+                    for key, number in numbers.items()}
+            verdicts[p.name] = {"file": "x", **said}
+        file = tmp_path / f"verdicts/vlm/{method}_image/shot_2/task_{task}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(verdicts))
+        (tmp_path / f"exps/{method}_image/shot_2/default/task_{task}").mkdir(parents=True)
+    command("table", *"--mini --judge vlm --shots 2 --limit 60 --gallery 1 --scale".split(),
+            "full size", "--images", images, "--results", tmp_path)
+    results = json.loads((tmp_path / "results.json").read_text())
+
+    rng = np.random.default_rng(1)
+    for method, wrong in more.items():
+        cells, draws, shares = results[method]["2"], [], []
+        mean = cells.pop("mean")
+        for task, cell in enumerate(cells.values(), 1):
+            detail, noun = 60 - 2 * task - wrong, 60 - 3 * task - wrong
+            said, seen = (detail, noun) if task % 2 else (noun, detail)
+            shares.append(np.array([60 - 4 * task - wrong, detail, noun, said, seen]) / 60)
+            draws.append(rng.binomial(60, shares[-1][0], 4000) / 60)  # (4000,): its bootstrap
+        cases = [(cell, 60, 0.02) for cell in cells.values()] + [(mean, 600, 0.004)]
+        shares.append(np.mean(shares, 0))
+        draws.append(np.mean(draws, 0))
+        for (cell, n, error), share, draw in zip(cases, shares, draws, strict=True):
+            found = [cell[key] for key in ("correct", "detail", "object", "textual", "visual")]
+            assert found == pytest.approx(share, abs=1e-4)
+            assert (cell["n"], cell["missing"], cell["judge"]) == (n, n // 60, "vlm")
+            ends = np.quantile(draw, [0.025, 0.975])
+            assert cell["correct_95"] == pytest.approx(ends, abs=error)  # in steps of 1 / n
+    table = (tmp_path / "results.md").read_text().split("### ")[1]
+    names = re.findall(r"^\| (\S+) \(", table, re.M)  # best first, with the published ones
+    assert names == ["c", "a", "ThinkDiff-LVLM", "SEED-LLaMA", "b", "Emu", "GILL"]
+    low, high = results["c"]["2"]["Color-I"]["correct_95"]
+    assert f"| c (this run) | 0.933 [{low:.2f}, {high:.2f}] |" in table
 
 
 # ---------------------------------------------------------------- complaints

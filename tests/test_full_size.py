@@ -1,23 +1,17 @@
 """Aligners at their true shapes (d_vlm 3584 and 1408, d_t5 4096): files of the authors' layout through the real command lines.
 
 The models beside them have the full-size widths, one layer and random weights; everything else of them is the miniature's."""
-import json
-
-import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from diffusers import FluxPipeline
 from PIL import Image
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoProcessor, Blip2Config, Blip2VisionModel, Qwen2VLForConditionalGeneration, T5EncoderModel
-from transformers.models.t5.modeling_t5 import T5LayerNorm
 
-import cobsat_eval
 from common import MINI, REPO
 from helpers import command, complaint
+from references import answer, eq1, load_flux, load_vlm, picture, pixels, t5_prompt
 from thinkdiff_clip import preprocess
-from thinkdiff_lvlm import INSTRUCTION
 
 D_QWEN, D_EVA, D_T5 = 3584, 1408, 4096
 EXAMPLE = REPO / "mini/example/white_car.png"
@@ -32,13 +26,6 @@ def released(path, d_vlm, dtype, prefix):
     torch.save({"model": {f"{prefix}mm_projector.{name}": weight for name, weight in model.items()}, "optimizer": {"state": {}, "param_groups": [{"lr": 1e-4}]},
                 "config": {"run": {"batch_size_train": 24}}, "scaler": {"scale": 65536.0}, "epoch": 0}, path)
     return {name: weight.float() for name, weight in model.items()}
-
-
-def by_hand(p, x):
-    """Eq. 1 with the norm of transformers' T5."""
-    norm = T5LayerNorm(D_T5)
-    norm.weight.data = p["3.weight"]
-    return norm(F.linear(F.gelu(F.linear(x, p["0.weight"], p["0.bias"])), p["2.weight"], p["2.bias"])).detach()
 
 
 @pytest.fixture(scope="module")
@@ -74,61 +61,17 @@ def full(tmp_path_factory):
             released(root / "thinkdiff_clip.pth", D_EVA, torch.bfloat16, ""))
 
 
-@torch.no_grad()
-def stock_picture(root, prompt, text, seed=0):
-    """What FluxPipeline draws from the prompt (N, d_t5), by itself."""
-    pipe = FluxPipeline.from_pretrained(root / "flux")
-    pipe.set_progress_bar_config(disable=True)
-    pooled = pipe.encode_prompt(text, None, max_sequence_length=8)[1]
-    return np.asarray(pipe(prompt_embeds=prompt[None], pooled_prompt_embeds=pooled, height=64, width=64, num_inference_steps=2,
-                           generator=torch.Generator().manual_seed(seed)).images[0]).astype(int)
-
-
-def pixels(path):
-    return np.asarray(Image.open(path).convert("RGB")).astype(int)
-
-
-@torch.no_grad()
-def answer(root, parts, tokens):
-    """The features (n, d_vlm) of the stock VLM's greedy answer to text and pictures in the chat's own words."""
-    model = Qwen2VLForConditionalGeneration.from_pretrained(root / "vlm", dtype=torch.float32)
-    processor = AutoProcessor.from_pretrained(root / "vlm")
-    text = "".join(part if isinstance(part, str) else "<|vision_start|><|image_pad|><|vision_end|>" for part in parts)
-    inputs = processor(text=[f"<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n{INSTRUCTION}{text}<|im_end|>\n"
-                             "<|im_start|>assistant\n"], images=[part for part in parts if not isinstance(part, str)], return_tensors="pt")
-    out = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, output_hidden_states=True, return_dict_in_generate=True)
-    ended = int(out.sequences[0, -1] == model.generation_config.eos_token_id)
-    return torch.stack([step[-1][0, -1] for step in out.hidden_states])[:tokens - ended]
-
-
 def test_lvlm_generates(full, tmp_path):
     root, weights, _ = full
     g = (REPO / "thinkdiff_lvlm.py", "generate", "--mini", "--vlm", root / "vlm", "--flux", root / "flux", "--image", EXAMPLE, "--text", "Word 2: blue, ",
          "--max-new-tokens", 5, *FEW, "--out", tmp_path / "x.png")
     command(*g, "--aligner", root / "thinkdiff_lvlm.pth")
-    x = answer(root, [Image.open(EXAMPLE).convert("RGB"), "Word 2: blue, "], 5)
-    assert x.shape[1] == D_QWEN
-    expected = stock_picture(root, by_hand(weights, x), "")
-    wrong = stock_picture(root, by_hand(weights, -x), "")
+    parts = [Image.open(EXAMPLE).convert("RGB"), "Word 2: blue, "]
+    x, _, _ = answer(load_vlm(root / "vlm"), parts, 5)
+    flux = load_flux(root / "flux")
+    expected, wrong = (picture(flux, eq1(weights, sign * x)) for sign in (1, -1))
     assert abs(pixels(tmp_path / "x.png") - expected).max() <= 1 and abs(wrong - expected).mean() > 1.5
     assert "a VLM of width 1408" in complaint(*g, "--overwrite", "--aligner", root / "thinkdiff_clip.pth")
-
-
-def test_cobsat_generates(full, tmp_path):
-    root, weights, _ = full
-    p = cobsat_eval.prompts(1, 2)[0]
-    for name, car in zip(p.pictures, ("white", "blue")):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.open(REPO / f"mini/example/{car}_car.png").convert("RGB").save(tmp_path / name)
-    command(REPO / "cobsat_eval.py", "generate", "--mini", "--images", tmp_path, "--tasks", 1, "--shots", 2, "--limit", 1, "--vlm", root / "vlm", "--flux",
-            root / "flux", "--aligner", root / "thinkdiff_lvlm.pth", "--method", "thinkdiff", "relay", "--max-new-tokens", 5, *FEW, "--out", tmp_path / "out")
-    folder = tmp_path / "out/exps/thinkdiff_image/shot_2/default/task_1"
-    parts = [part for n, (word, name) in enumerate(zip(p.words, p.pictures), 1)
-             for part in ("\n\n" * (n > 1) + f"Word {n}: {word}, ", Image.open(tmp_path / name).convert("RGB"))] + [f"\n\nWord 3: {p.words[2]}, "]
-    expected = stock_picture(root, by_hand(weights, answer(root, parts, 5)), "")
-    assert abs(pixels(folder / f"{p.name}.jpg") - expected).mean() < 3  # JPEG
-    assert json.loads((folder / f"{p.name}.json").read_text())["text_inputs"] == p.words
-    assert abs(pixels(tmp_path / f"out/exps/relay_image/shot_2/default/task_1/{p.name}.jpg") - expected).mean() > 6
 
 
 def test_clip_generates(full, tmp_path):
@@ -141,11 +84,9 @@ def test_clip_generates(full, tmp_path):
         seen = tower(preprocess(Image.open(EXAMPLE).convert("RGB"), 224)[None]).last_hidden_state[0]  # (257, 1408)
     grid = seen[1:].reshape(16, 16, D_EVA)
     pooled = torch.cat([seen[:1], (grid[::2, ::2] + grid[1::2, ::2] + grid[::2, 1::2] + grid[1::2, 1::2]).flatten(0, 1) / 4])
-    pipe = FluxPipeline.from_pretrained(root / "flux")
-    with torch.no_grad():
-        words = pipe.encode_prompt("a hat", None, max_sequence_length=8)[0][0]
-    prompt = torch.cat([by_hand(weights, pooled), words])
-    assert prompt.shape == (65 + 8, D_T5)
-    expected = stock_picture(root, prompt, "a hat")
-    wrong = stock_picture(root, torch.cat([by_hand(weights, -pooled), words]), "a hat")
+    assert pooled.shape == (65, D_EVA)
+    flux = load_flux(root / "flux")
+    words = t5_prompt(flux, "a hat", 8)  # (8, d_t5)
+    expected, wrong = (
+        picture(flux, torch.cat([eq1(weights, sign * pooled), words]), "a hat") for sign in (1, -1))
     assert abs(pixels(tmp_path / "x.png") - expected).max() <= 1 and abs(wrong - expected).mean() > 1.5

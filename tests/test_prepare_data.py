@@ -17,15 +17,19 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
-from transformers import (AutoConfig, AutoProcessor, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor, Qwen3VLConfig,
-                          Qwen3VLForConditionalGeneration, Qwen3VLProcessor, Qwen3VLVideoProcessor, TopPLogitsWarper)
+from transformers import (
+    AutoConfig, AutoProcessor, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor, Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLProcessor,
+    Qwen3VLVideoProcessor, TopPLogitsWarper)
 
 import common
 import prepare_data
 from common import MINI, REPO, UserError, open_image
 from helpers import command, complaint, write_tar
-from prepare_data import PROMPTS, Sample, caption_messages, encode_messages, expand_braces, generate_with_features, load_picture, load_vlm
-from prepare_data import prompt_features, read_shards, teacher_forced_features, written_tokens
+from prepare_data import (
+    Sample, caption_messages, encode_messages, expand_braces, generate_with_features, load_vlm,
+    read_shards, teacher_forced_features, written_tokens)
+from test_protocol import PROMPTS
 
 SCRIPT = str(REPO / "prepare_data.py")
 TOLERANCE = dict(rtol=1e-4, atol=1e-4)  # fp32, of states of size ~1: a cached step and a whole pass sum in different orders
@@ -45,17 +49,41 @@ def encoded(image, kind="PNG", **options):
     return file.getvalue()
 
 
+def rows(out):
+    """(record, {tensor's name: its row}) of every sample in the shards."""
+    for stem, content in read_shards(out):
+        tensors = load_file(f"{stem}.safetensors") if content["samples"] else {}
+        assert all(len(column) == len(content["samples"]) for column in tensors.values())
+        for i, record in enumerate(content["samples"]):
+            yield record, {name: column[i] for name, column in tensors.items()}
+
+
 def read_data(out):
     """{key: (prompt, tokens, features or None)}; fails on a sample that is there twice."""
     data = {}
-    for stem, content in read_shards(out):
-        tensors = load_file(f"{stem}.safetensors") if content["samples"] else {}
-        assert all(len(rows) == len(content["samples"]) for rows in tensors.values())
-        for row, record in enumerate(content["samples"]):
-            key = Sample(*record["sample"]).key
-            assert key not in data, "sample written twice"
-            data[key] = record["prompt"], tensors["tokens"][row], tensors["features"][row] if "features" in tensors else None
+    for record, row in rows(out):
+        key = Sample(*record["sample"]).key
+        assert key not in data, "sample written twice"
+        data[key] = record["prompt"], row["tokens"], row.get("features")
     return data
+
+
+@torch.no_grad()
+def stock_pass(model, processor, record, answer=(), max_side=1024):
+    """Stock transformers' outputs for one record's picture and prompt, opened and typed here."""
+    path, _, offset, size = record["sample"]
+    data = Path(path).read_bytes()
+    image = Image.open(io.BytesIO(data[offset:offset + size] if size else data)).convert("RGB")
+    image.thumbnail((max_side, max_side))
+    text = ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+            f"<|vision_start|><|image_pad|><|vision_end|>{PROMPTS[record['prompt']]}<|im_end|>\n"
+            "<|im_start|>assistant\n")
+    inputs = processor(text=[text], images=[image], return_tensors="pt")
+    answer = torch.tensor([[*map(int, answer)]])  # (1, N)
+    for name, added in (("input_ids", answer), ("attention_mask", torch.ones_like(answer)),
+                        ("mm_token_type_ids", torch.zeros_like(answer))):
+        inputs[name] = torch.cat([inputs[name], added.to(inputs[name].dtype)], dim=1)
+    return model(**inputs, output_hidden_states=True)
 
 
 def assert_same_data(a, b):
@@ -150,13 +178,6 @@ def test_features_are_the_states_from_which_tokens_were_sampled(family, inputs, 
     assert torch.equal(logits.argmax(-1), tokens)
 
 
-def test_sampled_tokens_have_their_own_states_too(vlm, inputs):
-    model = vlm[0]
-    tokens, features, _ = generate_with_features(model, inputs, 9, temperature=1.5, top_p=1.0, seeds=[1, 2, 3])
-    torch.testing.assert_close(teacher_forced_features(model, inputs, tokens), features, **TOLERANCE)
-    assert not torch.equal(model.lm_head(features).argmax(-1), tokens)  # or the test above would have shown as much
-
-
 def test_a_seed_draws_the_same_answer_in_any_batch(vlm):
     model, processor = vlm
     conversations = [caption_messages(picture(i), i) for i in range(3)]
@@ -189,43 +210,51 @@ def test_eos_ends_an_answer_only_if_it_may(vlm, inputs, monkeypatch):
 # ---------------------------------------------------------------- data through the command line
 def test_shards_hold_what_the_readme_says(prepared, pictures, vlm):
     meta, data = json.loads((prepared / "meta.json").read_text()), read_data(prepared)
-    assert meta["d_vlm"] == vlm[0].config.text_config.hidden_size and meta["tokens"] == 12 and meta["prompts"] == PROMPTS and len(PROMPTS) == 16
+    assert meta["d_vlm"] == vlm[0].config.text_config.hidden_size and meta["tokens"] == 12
+    assert meta["prompts"] == PROMPTS
     assert len(data) == 23 and len({prompt for prompt, *_ in data.values()}) > 5  # same member names in both tars: nothing lost
     for prompt, tokens, features in data.values():
         assert tokens.dtype == torch.int32 and tokens.shape == (12,) and features.dtype == torch.bfloat16 and features.shape == (12, meta["d_vlm"])
-    for _, content in read_shards(prepared):  # a picture in a tar is found by its offset
-        for path, member, offset, size in (record["sample"] for record in content["samples"]):
-            if member:
-                with tarfile.open(path) as tar:
-                    assert tar.extractfile(member).read() == Path(path).read_bytes()[offset:offset + size]
+    for record, row in rows(prepared):  # a picture in a tar is found by its offset
+        states = stock_pass(*vlm, record, row["tokens"]).hidden_states[-1][0, -13:-1]
+        torch.testing.assert_close(row["features"].float(), states, rtol=2 ** -7, atol=2 ** -7)
+        path, member, offset, size = record["sample"]
+        if member:
+            with tarfile.open(path) as tar:
+                data = tar.extractfile(member).read()
+            assert data == Path(path).read_bytes()[offset:offset + size]
 
 
-def test_tokens_only_gives_the_same_features_when_recomputed(prepared, pictures, vlm, tmp_path):
+def test_tokens_only_stores_the_same_tokens_alone(prepared, pictures, tmp_path):
     printed, _ = command(SCRIPT, *OPTIONS, "--images", pictures, "--out", tmp_path, "--tokens-only")
     assert "23 samples to go of 23; they need" in printed and f"wrote 23 samples to {tmp_path}, skipped 0 pictures" in printed
-    model, processor = vlm
-    stored, recomputed = read_data(prepared), {}
-    for stem, content in read_shards(tmp_path):
-        tensors = load_file(f"{stem}.safetensors")
-        assert tensors.keys() == {"tokens"}
-        for record, tokens in zip(content["samples"], tensors["tokens"]):
-            sample = Sample(*record["sample"])
-            inputs = encode_messages(processor, [caption_messages(load_picture(sample, 1024), record["prompt"])])
-            features = teacher_forced_features(model, inputs, tokens[None].long())[0]
-            recomputed[sample.key] = record["prompt"], tokens, features.to(torch.bfloat16)
-    assert_same_data(stored, recomputed)
+    stored, alone = read_data(prepared), read_data(tmp_path)
+    assert all(row.keys() == {"tokens"} for _, row in rows(tmp_path))
+    assert stored.keys() == alone.keys()
+    assert all(torch.equal(stored[key][1], alone[key][1]) for key in stored)
 
 
 def test_features_of_the_prompt(vlm, pictures, tmp_path):
-    command(SCRIPT, *OPTIONS, "--images", pictures / "below", pictures / "3.png", "--out", tmp_path, "--features", "input")
-    model, processor = vlm
-    for stem, content in read_shards(tmp_path):
-        tensors = load_file(f"{stem}.safetensors")
-        for record, features, length in zip(content["samples"], tensors["features"], tensors["lengths"]):
-            image = load_picture(Sample(*record["sample"]), 1024)
-            expected, = prompt_features(model, encode_messages(processor, [caption_messages(image, record["prompt"])]))
-            assert length == len(expected) and not features[length:].any()
-            torch.testing.assert_close(features[:length].float(), expected, rtol=2 ** -6, atol=2 ** -6)
+    command(SCRIPT, *OPTIONS, "--images", pictures / "below", pictures / "3.png", "--out", tmp_path,
+            "--features", "input", "--max-side", 32, "--count", 4)
+    kept = list(rows(tmp_path))
+    assert len(kept) == 4
+    for record, row in kept:
+        expected = stock_pass(*vlm, record, max_side=32).hidden_states[-1][0]  # (P, d_vlm)
+        length = row["lengths"]
+        assert length == len(expected) and not row["features"][length:].any()
+        torch.testing.assert_close(row["features"][:length].float(), expected, rtol=2 ** -6,
+                                   atol=2 ** -6)
+
+
+@pytest.mark.parametrize("temperature, top_p, greedy", [(3, 1, 0), (3, 1e-3, 4), (1e-3, 1, 4)])
+def test_temperature_and_top_p_act(vlm, pictures, tmp_path, temperature, top_p, greedy):
+    command(SCRIPT, *OPTIONS, "--images", pictures / "below", "--out", tmp_path, "--temperature",
+            temperature, "--top-p", top_p)
+    answers = [(stock_pass(*vlm, record, row["tokens"]).logits[0, -13:-1].argmax(-1), row["tokens"])
+               for record, row in rows(tmp_path)]  # both (12,)
+    assert len(answers) == 4
+    assert sum(torch.equal(likeliest, tokens) for likeliest, tokens in answers) == greedy
 
 
 def test_killed_and_resumed_with_two_processes_equals_one_process(prepared, pictures, tmp_path):
@@ -247,6 +276,24 @@ def test_killed_and_resumed_with_two_processes_equals_one_process(prepared, pict
     assert any(path.name.startswith("shard-01") for path in out.iterdir())
     assert all(path.stat().st_mtime_ns == written for path, written in finished.items())  # nothing is done twice
     assert_same_data(read_data(prepared), read_data(out))
+
+
+def test_a_shard_counts_only_with_its_tensors(prepared, pictures, tmp_path, monkeypatch):
+    replace = os.replace
+
+    def interrupted(source, target):
+        """As a kill just before the JSON of the first shard would be in its place."""
+        if Path(target).match("shard-*.json"):
+            monkeypatch.setattr(os, "replace", replace)
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    run = (SCRIPT, *OPTIONS, "--images", pictures, "--out", tmp_path)
+    command(*run, code=130)
+    assert [path.name for path in tmp_path.glob("shard-*")] == ["shard-00-00000.safetensors"]
+    assert "23 samples to go of 23" in command(*run)[0]
+    assert_same_data(read_data(prepared), read_data(tmp_path))
 
 
 def test_resume_refuses_other_settings_and_finds_nothing_left(prepared, pictures):
@@ -278,17 +325,15 @@ def test_braces():
 def test_another_vlm_goes_through_all_scripts(family, pictures, tmp_path, kind):
     command(SCRIPT, *OPTIONS, "--vlm", family[kind], "--images", pictures, "--out", tmp_path / "data")
     model, processor = load_vlm(family[kind], "cpu", torch.float32)
-    records = [record["sample"] for _, content in read_shards(tmp_path / "data") for record in content["samples"]]
-    samples = {Sample(*record).key: Sample(*record) for record in records}
-    for key, (prompt, tokens, features) in list(read_data(tmp_path / "data").items())[::5]:
-        batch = encode_messages(processor, [caption_messages(load_picture(samples[key], 1024), prompt)])
-        length = batch["input_ids"].shape[1]
-        for name, value in (("input_ids", tokens[None]), ("attention_mask", torch.ones(1, 12)), ("mm_token_type_ids", torch.zeros(1, 12))):
-            batch[name] = torch.cat([batch[name], value.to(batch[name].dtype)], dim=1)
-        with torch.no_grad():
-            whole = model(**batch, output_hidden_states=True)
-        torch.testing.assert_close(features.float(), whole.hidden_states[-1][0, length - 1:-1], rtol=2 ** -7, atol=2 ** -7)
-        torch.testing.assert_close(model.lm_head(features.float()), whole.logits[0, length - 1:-1], rtol=0.02, atol=0.02)
+    kept = list(rows(tmp_path / "data"))
+    assert len(kept) == 23
+    for record, row in kept[::5]:
+        whole = stock_pass(model, processor, record, row["tokens"])
+        features = row["features"].float()
+        torch.testing.assert_close(features, whole.hidden_states[-1][0, -13:-1], rtol=2 ** -7,
+                                   atol=2 ** -7)
+        torch.testing.assert_close(model.lm_head(features), whole.logits[0, -13:-1], rtol=0.02,
+                                   atol=0.02)
 
     lvlm = REPO / "thinkdiff_lvlm.py"
     command(lvlm, "train", "--mini", "--vlm", family[kind], "--data", tmp_path / "data", "--out", tmp_path / "run", "--steps", 2, "--batch-size", 4,
@@ -386,12 +431,14 @@ def test_vllms_tokens_get_the_features_that_transformers_tokens_have(vllm, pictu
 def test_vllms_tokens_are_kept_and_may_have_the_prompts_features(vllm, pictures, tmp_path):
     sampled = [*OPTIONS, "--images", pictures / "below", "--out", tmp_path, "--features", "input"]  # transformers would draw others
     command(SCRIPT, *sampled, "--backend", "vllm")
-    rows, tokens = written_tokens(tmp_path)
+    numbers, tokens = written_tokens(tmp_path)
     command(SCRIPT, *sampled)
     for stem, content in read_shards(tmp_path):
         tensors = load_file(f"{stem}.safetensors")
         assert tensors.keys() == {"tokens", "features", "lengths"} and tensors["features"].shape[1] == tensors["lengths"].max()
-        assert torch.equal(tensors["tokens"], tokens[[rows[record["index"]] for record in content["samples"]]])
+        order = [numbers.pop(record["index"]) for record in content["samples"]]
+        assert torch.equal(tensors["tokens"], tokens[order])
+    assert len(tokens) == 4 and not numbers
 
 
 # ---------------------------------------------------------------- bad input
@@ -412,10 +459,10 @@ def test_bad_pictures_are_skipped_named_and_counted(tmp_path):
     stdout, err = command(SCRIPT, *OPTIONS, "--images", source, "--out", out)
     assert "wrote 5 samples" in stdout and "skipped 4 pictures, 2 broken tars (see" in stdout
     assert len(read_data(out)) == 5
-    rows = dict(csv.reader((out / "skipped.csv").open()))
+    listed = dict(csv.reader((out / "skipped.csv").open()))
     for name in ("zero.png", "cut.png", "text.jpg", "thin.png", "broken.tar", "zero.tar"):
-        assert name in err and str(source / name) in rows, name
-    assert "4 pictures of it can be read" in rows[str(source / "broken.tar")]
+        assert name in err and str(source / name) in listed, name
+    assert "4 pictures of it can be read" in listed[str(source / "broken.tar")]
 
 
 @pytest.mark.parametrize("images, out, extra, expected", [

@@ -1,0 +1,304 @@
+"""`train` of both variants against a loop written here with stock T5, stock CLIP and torch alone.
+
+Imports nothing of the method; the data and every number of the recipe are typed a second time."""
+import csv
+import importlib
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel, T5ForConditionalGeneration
+from transformers.models.t5.modeling_t5 import T5LayerNorm
+
+from common import REPO
+from helpers import command
+
+# the samples 18 and 19, or 19 alone, are held out
+SAMPLES, SEED, BATCH = 20, 5, 8
+# warm-up from 1e-6 to 2e-3 in two steps, then the cosine to 2e-4 that ends at step 5
+RATES = [1e-6, (1e-6 + 2e-3) / 2, 2e-3, 2e-4 + 1.8e-3 * 0.75]
+RECIPE = ("--mini --seed 5 --batch-size 8 --micro-batch 3 --steps 4 --warmup 2 --lr 2e-3 "
+          "--lr-end 2e-4 --lr-horizon 5 --weight-decay 0.5 --log-every 1 --eval-every 3 "
+          "--save-every 3 --keep 1").split()
+# VLM tokens of a sample: few, so that a split at 1 or N - 1 is drawn; many, so that T5's are cut
+LENGTHS = {"generated": 9, "input": 160}
+WORDS = "a red car on the street photo of an apple painted blue white sleeping cat".split()
+
+
+def stock(cls, name, **options):
+    return cls.from_pretrained(REPO / "mini" / name, **options)
+
+
+def text_of(i, length):
+    return " ".join(random.Random(i).choices(WORDS, k=length))
+
+
+# ---------------------------------------------------------------- data
+def lvlm_samples(features):
+    """20 samples: x (n, 128) bf16, y (N,); x of those held out is 100 times as large."""
+    tokenizer, samples = stock(AutoTokenizer, "qwen2-vl"), []
+    for i in range(SAMPLES):
+        y = torch.tensor(tokenizer(text_of(i, 200)).input_ids[:LENGTHS[features]])  # (N,)
+        # a special token, which is no part of the target
+        y[i % 9] = tokenizer.eos_token_id
+        n = len(y) if features == "generated" else 9 + i
+        x = torch.randn(n, 128, generator=torch.Generator().manual_seed(i))  # (n, 128)
+        samples.append(((x * (100 if i >= 18 else 1)).bfloat16(), y))
+    return samples
+
+
+def write_lvlm_data(folder, features="generated"):
+    """The samples as two processes leave them: even numbers in one shard, odd ones in the other."""
+    folder.mkdir()
+    samples = lvlm_samples(features)
+    meta = {"tokens_only": False, "features": features, "tokens": LENGTHS[features], "d_vlm": 128}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    for rank in (0, 1):
+        numbers = range(1 - rank, SAMPLES, 2)
+        xs, ys = zip(*[samples[i] for i in numbers], strict=True)
+        padded = torch.nn.utils.rnn.pad_sequence(xs, batch_first=True)  # (10, n, 128)
+        tensors = {"tokens": torch.stack(ys).int(), "features": padded}
+        if features == "input":
+            tensors["lengths"] = torch.tensor([len(x) for x in xs])
+        records = [{"index": i, "prompt": "", "sample": [f"{i}.png"]} for i in numbers]
+        stem = folder / f"shard-{rank:02}-00000"
+        save_file(tensors, f"{stem}.safetensors")
+        Path(f"{stem}.json").write_text(json.dumps({"samples": records, "skipped": []}))
+
+
+def clip_samples():
+    """20 images with captions of 1 to 97 words; those held out have one that no other has."""
+    pairs = []
+    for i in range(SAMPLES):
+        pixels = np.random.default_rng(i).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        caption = text_of(i, 1 + i * i // 3) if i < 18 else "green dogs " * 9
+        pairs.append((Image.fromarray(pixels), caption))
+    return pairs
+
+
+def write_clip_data(folder):
+    folder.mkdir()
+    for i, (image, caption) in enumerate(clip_samples()):
+        image.save(folder / f"{i:02}.png")
+        (folder / f"{i:02}.txt").write_text(caption)
+
+
+WRITE_DATA = {"thinkdiff_lvlm.py": write_lvlm_data, "thinkdiff_clip.py": write_clip_data}
+
+
+# ---------------------------------------------------------------- the method by hand
+def lvlm_source(masking, features):
+    """A function of (sample, position in the stream): features of the prefix, no T1, the target."""
+    tokenizer, samples = stock(AutoTokenizer, "qwen2-vl"), lvlm_samples(features)
+
+    def source(i, position):
+        x, y = samples[i]
+        if masking == "random" and features == "generated":
+            s = random.Random(f"{SEED} {position}").randint(1, 8)
+            x, y = x[:s], y[s:]
+        return x.float(), None, tokenizer.decode(y, skip_special_tokens=True)
+    return source
+
+
+def clip_source(masking, _):
+    """A function of (sample, position in the stream): pooled tokens (17, 96), T1, T2."""
+    tower = stock(CLIPModel, "clip", dtype=torch.float32).vision_model
+    processor, samples = stock(CLIPImageProcessor, "clip"), clip_samples()
+
+    def source(i, position):
+        image, caption = samples[i]
+        with torch.no_grad():
+            x = tower(**processor(image, return_tensors="pt")).last_hidden_state  # (1, 65, 96)
+            x = tower.post_layernorm(x)[0]  # (65, 96)
+        grid = x[1:].reshape(4, 2, 4, 2, 96).mean((1, 3)).flatten(0, 1)  # (16, 96)
+        words, s = caption.split(), 0
+        if masking == "random" and len(words) > 1:
+            s = random.Random(f"{SEED} {position}").randint(1, len(words) - 1)
+        return torch.cat([x[:1], grid]), " ".join(words[:s]), " ".join(words[s:])
+    return source
+
+
+def train_by_hand(source, width, hidden, limit, norm, held_out):
+    """Weights, AdamW's state, losses, held-out losses after each step. One sample at a time."""
+    t5 = stock(T5ForConditionalGeneration, "t5", dtype=torch.float32).eval().requires_grad_(False)
+    tokenizer = stock(AutoTokenizer, "t5")
+    torch.manual_seed(SEED)
+    layers = [torch.nn.Linear(width, hidden), torch.nn.GELU(), torch.nn.Linear(hidden, 32)]
+    if norm != "none":
+        layers.append(T5LayerNorm(32, 1e-6))
+    if norm == "t5":
+        layers[3].weight.data = t5.encoder.final_layer_norm.weight.data.clone()
+    aligner = torch.nn.Sequential(*layers)
+    matrices = [layers[0].weight, layers[2].weight]
+    vectors = [layers[0].bias, layers[2].bias] + [layer.weight for layer in layers[3:]]
+    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.5},
+                                   {"params": vectors, "weight_decay": 0.0}], betas=(0.9, 0.999))
+
+    def ids(text):
+        return tokenizer(text, truncation=True, max_length=limit, return_tensors="pt").input_ids
+
+    def mean_loss(places):
+        """Mean over the tokens of all of [(sample, position)]."""
+        total, count = 0, 0
+        for i, position in places:
+            x, first, rest = source(i, position)
+            x = aligner(x)[None]  # (1, n, 32)
+            if first is not None:
+                t = t5.encoder(ids(first)).last_hidden_state  # (1, L, 32)
+                x = torch.cat([x, t], dim=1)  # (1, n + L, 32)
+            target = ids(rest)  # (1, T)
+            total = total + t5(encoder_outputs=(x,), labels=target).loss * target.shape[1]
+            count += target.shape[1]
+        return total / count
+
+    n_train, order = SAMPLES - held_out, []
+    for epoch in (0, 1):
+        generator = torch.Generator().manual_seed(SEED + epoch)
+        order += torch.randperm(n_train, generator=generator).tolist()
+    losses, held_out_losses = [], []
+    for step, rate in enumerate(RATES):
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        stream = range(step * BATCH, (step + 1) * BATCH)
+        loss = mean_loss([(order[position], position) for position in stream])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        with torch.no_grad():
+            held_out_losses.append(mean_loss([(i, i) for i in range(n_train, SAMPLES)]).item())
+    weights = {f"net.{name}": value for name, value in aligner.state_dict().items()}
+    state = {f"net.{name}.{key}": value for name, parameter in aligner.named_parameters()
+             for key, value in optimizer.state[parameter].items()}
+    return weights, state, losses, held_out_losses
+
+
+@pytest.mark.parametrize("script, processes, options", [
+    ("thinkdiff_lvlm.py", 1, {}),
+    ("thinkdiff_lvlm.py", 2, {}),
+    ("thinkdiff_lvlm.py", 1, {"masking": "none", "norm": "none", "log-every": 3}),
+    ("thinkdiff_lvlm.py", 1, {"features": "input", "norm": "default", "hidden": 24, "held-out": 1}),
+    ("thinkdiff_clip.py", 1, {}),
+    ("thinkdiff_clip.py", 2, {}),
+    ("thinkdiff_clip.py", 1, {"masking": "none", "norm": "none", "log-every": 3}),
+    ("thinkdiff_clip.py", 1, {"norm": "default", "hidden": 24, "held-out": 1}),
+], ids=str)
+def test_four_steps_equal_a_loop_by_hand(script, processes, options, tmp_path, monkeypatch):
+    """Weights, optimizer state and log; the loop by hand trains on no held-out sample."""
+    data, out = tmp_path / "data", tmp_path / "out"
+    arguments = ["train", *RECIPE, "--data", str(data), "--out", str(out)]
+    arguments += [f"--{name}={value}" for name, value in options.items()]
+    masking, features = options.get("masking", "random"), options.get("features", "generated")
+    if script == "thinkdiff_lvlm.py":
+        write_lvlm_data(data, features)
+        source, width, hidden, limit = lvlm_source(masking, features), 128, 32, 128
+    else:
+        write_clip_data(data)
+        source, width, hidden, limit = clip_source(masking, features), 96, 512, 32
+    # in fp32, as the loop by hand: a GPU would compute in bf16
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    if processes == 1:
+        command(script, *arguments)
+    else:
+        subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                        "--nproc_per_node", str(processes), script, *arguments],
+                       cwd=REPO, check=True, capture_output=True)
+
+    # at most a tenth of the 20 samples is held out
+    held_out = options.get("held-out", 2)
+    weights, state, losses, held_out_losses = train_by_hand(
+        source, width, options.get("hidden", hidden), limit, options.get("norm", "t5"), held_out)
+    saved = load_file(out / "aligner" / "model.safetensors")
+    assert saved.keys() == weights.keys()
+    for name, value in weights.items():
+        torch.testing.assert_close(saved[name], value, rtol=0, atol=1e-5)
+    saved = load_file(out / "checkpoint-0000004" / "optimizer.safetensors")
+    assert saved.keys() == state.keys()
+    for name, value in state.items():
+        scale = value.abs().max()
+        torch.testing.assert_close(saved[name] / scale, value / scale, rtol=0, atol=1e-4)
+
+    expected = [(step, losses[step - 1]) for step in (1, 2, 3, 4)]
+    if "log-every" in options:
+        expected = [(3, sum(losses[:3]) / 3), (4, losses[3])]
+    held_out_losses = {"3": held_out_losses[2], "4": held_out_losses[3]}
+    rows = list(csv.DictReader((out / "log.csv").open()))
+    assert [int(row["step"]) for row in rows] == [step for step, _ in expected]
+    for row, (step, loss) in zip(rows, expected, strict=True):
+        assert float(row["loss"]) == pytest.approx(loss, abs=1e-5)
+        assert float(row["lr"]) == pytest.approx(RATES[step - 1], rel=1e-3)
+    found = {row["step"]: float(row["held_out_loss"]) for row in rows if row["held_out_loss"]}
+    assert found == pytest.approx(held_out_losses, rel=1e-5)
+    assert (out / "loss.png").stat().st_size > 1000
+
+
+# ---------------------------------------------------------------- batches and checkpoints
+@pytest.mark.parametrize("script", WRITE_DATA)
+def test_micro_batches_hold_targets_of_like_length(script, tmp_path, monkeypatch):
+    module, lengths = importlib.import_module(script.removesuffix(".py")), []
+    collate = module.collate
+
+    def watch(samples, *rest):
+        lengths.append([len(target) for *_, target in samples])
+        return collate(samples, *rest)
+    monkeypatch.setattr(module, "collate", watch)
+    WRITE_DATA[script](tmp_path / "data")
+    command(script, "train", *RECIPE, "--data", tmp_path / "data", "--out", tmp_path / "out")
+    for start in (0, 3):
+        step = lengths[start:start + 3]
+        assert [len(batch) for batch in step] == [3, 3, 2]
+        assert sum(step, []) == sorted(sum(step, [])) and len(set(sum(step, []))) > 2
+
+
+@pytest.mark.parametrize("script", WRITE_DATA)
+def test_checkpoints_appear_whole_and_resume_bit_identical(script, tmp_path, monkeypatch):
+    """A checkpoint is written elsewhere and renamed, and only then the one before it deleted."""
+    whole, killed, moved, replace = tmp_path / "whole", tmp_path / "killed", {}, os.replace
+
+    def files(folder):
+        return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
+
+    def watch(source, target):
+        if Path(source).is_dir():
+            existing = sorted(path.name for path in whole.glob("checkpoint-*"))
+            moved[Path(target).name] = existing, files(source)
+        replace(source, target)
+    monkeypatch.setattr(os, "replace", watch)
+    WRITE_DATA[script](tmp_path / "data")
+    arguments = ["train", *RECIPE, "--steps", "8", "--data", str(tmp_path / "data"), "--out"]
+    command(script, *arguments, whole)
+    first, second, last = (f"checkpoint-000000{step}" for step in (3, 6, 8))
+    assert {name: existing for name, (existing, _) in moved.items()} == {
+        first: [], second: [first], last: [second], "aligner": [last]}
+    assert [path.name for path in whole.glob("checkpoint-*")] == [last]
+    assert moved[last][1] == files(whole / last) and moved["aligner"][1] == files(whole / "aligner")
+
+    # drawing images slows it down enough to be killed in time
+    process = subprocess.Popen([sys.executable, script, *arguments, str(killed), "--sample-every",
+                                "1", "--sample-steps", "4"], cwd=REPO, stderr=subprocess.DEVNULL)
+    while not (killed / first).exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert not (killed / last).exists(), "killed too late to prove anything"
+    images = [np.asarray(Image.open(killed / f"sample-000000{step}.png")) for step in (1, 3)]
+    assert images[0].shape == (64, 2 * 64, 3) and (images[0] != images[1]).any()
+    # as a kill between the log and the checkpoint of step 7 would leave it
+    with (killed / "log.csv").open("a") as log:
+        log.write("7,9.9,,1e-3,1\n")
+    command(script, *arguments, killed, "--resume")
+    assert files(killed / last) == files(whole / last)
+    logs = [[list(row.values())[:4] for row in csv.DictReader((out / "log.csv").open())]
+            for out in (whole, killed)]
+    assert logs[0] == logs[1]

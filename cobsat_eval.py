@@ -1,33 +1,32 @@
-"""CoBSAT (Zeng et al. 2024; paper section 4.2, protocol section 6): draws the benchmark's answers, judges them, and reports.
+"""CoBSAT, in-context image generation (Zeng et al. 2024; paper section 4.2, Tables 1 and 2).
 
-Miniature, everything in one go (reference pictures first), and the same on two processes:
-    python miniature.py cobsat --out data/cobsat
-    python cobsat_eval.py run --mini --images data/cobsat --shots 2 4 --tasks all --limit 100 --out results/mini
-    torchrun --nproc_per_node 2 cobsat_eval.py run --mini --images data/cobsat --method thinkdiff relay oracle --out results/mini
-Full size (datasets.zip of https://huggingface.co/datasets/yzeng58/CoBSAT unzipped in data/cobsat), 4 GPUs:
-    torchrun --nproc_per_node 4 cobsat_eval.py run --images data/cobsat --aligner runs/lvlm/aligner --out results/full
-One step at a time; `judge` and `table` also take a folder that another project wrote in the benchmark's layout:
-    python cobsat_eval.py generate --mini --images data/cobsat --out results/mini
-    python cobsat_eval.py judge --mini --images data/cobsat --results results/mini
-    python cobsat_eval.py table --mini --images data/cobsat --results results/mini
+A prompt shows k words, each with an image, and one more word; a method draws the image that
+follows; judges are asked for the detail and the object in it. `run` is `generate`, `judge` and
+`table` in one go; the last two also take results that other projects wrote in CoBSAT's layout.
 
-Methods: `thinkdiff` (the features of the VLM's answer through the aligner), `relay` (its words through FLUX's own T5), `oracle` (the true answer
-in words through T5: the most that FLUX can do). Started again after a kill, each step does what is missing. In --out:
-    exps/METHOD_image/settings.json                                    how the pictures were made; a run with other settings is refused
-    exps/METHOD_image/shot_K/default/task_T/NAME.jpg and .json         as `evaluation_icl.py` of the benchmark wants them
-    thoughts/shot_K/task_T/NAME.safetensors                            the VLM's features and words (0.7 MB a prompt at full size)
-    verdicts/JUDGE/METHOD_image/shot_K/task_T.json, references.json    what a judge said to each picture, by the picture's hash
-    results.csv, results.json, results.md, judges.json, report.html, contact_sheet.png   written anew by each `table`
+    python -m miniature cobsat --out data/cobsat
+    python cobsat_eval.py run --mini --images data/cobsat --out results/mini
+    torchrun --nproc_per_node 4 cobsat_eval.py run --images data/cobsat --out results/full
+    python cobsat_eval.py judge --images data/cobsat --results results/full
+
+Methods: `thinkdiff` (features of the VLM's answer -> aligner -> FLUX), `relay` (the answer's text
+-> FLUX's own T5), `oracle` (the true answer's text -> T5: upper bound for this FLUX). Every step
+is resumable. In --out:
+    exps/METHOD_image/settings.json    how the images were made; other settings are refused
+    exps/METHOD_image/shot_K/default/task_T/NAME.jpg, .json    as CoBSAT's own code reads them
+    vlm_features/shot_K/task_T/NAME.safetensors    the VLM's answers, 0.7 MB each at full size
+    verdicts/JUDGE/references.json, METHOD_image/shot_K/task_T.json    what the judges answered
+    results.csv, results.json, results.md, judges.json, report.html, contact_sheet.png
 """
 import argparse
 import base64
-import csv
 import functools
 import hashlib
-import html
 import io
+import itertools
 import json
 import random
+import re
 import shutil
 import time
 from pathlib import Path
@@ -38,112 +37,215 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from safetensors import safe_open
 from safetensors.torch import save
+from torch.nn.functional import normalize
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, CLIPModel, CLIPProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPModel, CLIPProcessor
 
 from aligner import load_aligner
-from common import (MINI, MODELS, UserError, mini_flag, open_image, pick_device, positive, pretrained, run, torchrun_ranks,
-                    write_atomically, write_json)
-from drawing import drawing_flags, drawing_options, equal_lengths, vlm_options
-from prepare_data import encode_messages, generate_with_features, load_vlm
-from thinkdiff_lvlm import INSTRUCTION, context_message, draw, load_flux, text_embeds
-from world import CREATE, DETAILS, NOUNS, PAIRS, sentence, shown
+from common import (
+    MINI,
+    MODEL_FLAGS,
+    MODELS,
+    REPO,
+    UserError,
+    add_command,
+    cli_main,
+    pick_device,
+    positive,
+    pretrained,
+    torchrun_ranks,
+    write_atomically,
+    write_csv,
+    write_json,
+)
+from images import open_image
+from models import encode_messages, feature_width, load_vlm
+from pipelines import (
+    FLUX_FLAGS,
+    add_pipeline_flags,
+    generate_images,
+    load_flux,
+    pipeline_options,
+    prompt_width,
+    t5_embeds,
+    vlm_options,
+)
+from thinkdiff_lvlm import INFERENCE, INSTRUCTION, context_messages, generate_with_features
 
-# ---------------------------------------------------------------- constants (protocol section 6)
 HUB = "https://huggingface.co/datasets/yzeng58/CoBSAT"
-TASKS = {2 * i + j: (f"{detail.capitalize()}-{'I' * j}", detail, j == 1)  # id: (name, detail, do the words say the detail?)
-         for i, detail in enumerate(DETAILS) for j in (1, 2)}
-COLUMNS = (1, 3, 5, 7, 9, 2, 4, 6, 8, 10)  # task ids in the order of the paper's tables
-PUBLISHED = {  # the benchmark's judge's "correct" in that order; the paper's Tables 1 and 2
-    2: {"SEED-LLaMA": "0.680 0.348 0.203 0.182 0.196 0.287 0.467 0.297 0.261 0.163", "Emu": "0.065 0.051 0.057 0.052 0.078 0.062 0.109 0.081 0.092 0.074",
-        "GILL": "0.171 0.054 0.069 0.063 0.074 0.010 0.043 0.024 0.022 0.040",
-        "ThinkDiff-LVLM": "0.622 0.349 0.237 0.459 0.290 0.511 0.534 0.340 0.534 0.292"},
-    4: {"SEED-LLaMA": "0.482 0.211 0.141 0.053 0.122 0.252 0.076 0.268 0.207 0.105", "Emu": "0.063 0.018 0.045 0.048 0.097 0.037 0.122 0.109 0.077 0.088",
-        "GILL": "0.106 0.044 0.041 0.073 0.087 0.022 0.059 0.044 0.032 0.067",
-        "ThinkDiff-LVLM": "0.638 0.362 0.254 0.434 0.317 0.610 0.590 0.432 0.664 0.332"}}
-JUDGE_TOKENS = 32  # of the judge's answer, usually one number: more costs nothing unless it rambles
-RESAMPLES = 1000  # of the bootstrap
-LISTED = 50  # missing or broken pictures named on the page; all are in results.csv
+
+# ---------------------------------------------------------------- vocabulary and tasks
+# CoBSAT's words. Their order is part of the benchmark: prompts and judges' answers are indices.
+DETAILS = {
+    "color": "yellow white red purple pink orange green brown blue black".split(),
+    "background": "beach desert glacier volcano park gym waterfall space cave seafloor".split(),
+    "style": "watercolor sketch pixel origami lego icon graffiti futuristic 3d old".split(),
+    "action": "swim sleep sing run read fly eat drink cry angry".split(),
+    "texture": "wood wicker sequined plastic paper metal leather lace denim ceramic".split(),
+}
+OBJECTS = "leaf hat cup chair car box book ball bag apple".split()
+ANIMALS = "zebra tiger sheep pig monkey lion dog cow cat bird".split()
+NOUNS = {detail: ANIMALS if detail in ("background", "action") else OBJECTS for detail in DETAILS}
+# the 500 kinds of image
+KINDS = [(detail, value, noun) for detail in DETAILS for value in DETAILS[detail]
+         for noun in NOUNS[detail]]
+SHOWN = {"3d": "wireframe", "park": "amusement park"}
+
+
+def shown_word(label):
+    """The word that stands for a label in prompts and questions: `3d` is shown as `wireframe`."""
+    return SHOWN.get(label, label)
+
+
+class Task(NamedTuple):
+    """words_give_detail: the images then share the noun; otherwise it is the other way round."""
+    name: str
+    detail: str
+    words_give_detail: bool
+
+
+TASKS = {}
+for _i, _detail in enumerate(DETAILS):
+    TASKS[2 * _i + 1] = Task(f"{_detail.capitalize()}-I", _detail, True)
+    TASKS[2 * _i + 2] = Task(f"{_detail.capitalize()}-II", _detail, False)
+# in the order of the paper's tables
+COLUMNS = [TASKS[number].name for number in (1, 3, 5, 7, 9, 2, 4, 6, 8, 10)]
 
 
 # ---------------------------------------------------------------- prompts
 class Prompt(NamedTuple):
-    """One question of the benchmark: k shown words with pictures, one more word, and the (detail, value, noun) to be drawn."""
+    """name: of the output file; words: k + 1, as shown; pictures: k paths below --images;
+    answer: (detail, value, noun) of the image to be drawn, as labels."""
     task: int
     shots: int
     number: int
     name: str
-    words: list  # k + 1, as shown
-    pictures: list  # k paths inside the folder of reference pictures
-    answer: tuple  # labels
+    words: list
+    pictures: list
+    answer: tuple
 
 
-def reference(detail, value, noun):
-    """Where the dataset keeps its picture of a kind."""
+def reference_file(detail, value, noun):
+    """Where the dataset keeps its image of a kind."""
     return f"datasets/{detail}_{noun}/{value}_{noun}.jpg"
 
 
 @functools.cache
-def orders():
-    """The benchmark's 1,000 pairs of orders (x, theta) of 0..9, the same for all tasks and shots."""
-    rng, x, theta, out = random.Random(123), list(range(10)), list(range(10)), []
+def shuffled_orders():
+    """CoBSAT's 1,000 pairs of orders (x, theta) of 0..9, the same for all tasks and shots."""
+    rng = random.Random(123)
+    x, theta, out = list(range(10)), list(range(10)), []
     for _ in range(1000):
-        rng.shuffle(x), rng.shuffle(theta)  # in place: each order is made from the last one
+        # in place, as CoBSAT's own code does: each order is made from the one before
+        rng.shuffle(x)
+        rng.shuffle(theta)
         out.append((tuple(x), tuple(theta)))
     return out
 
 
 def prompts(task_id, shots):
-    """The official 1,000 prompts [Prompt] of a task (1..10) for `shots` (1..8) demonstrations; protocol section 6."""
-    _, detail, by_value = TASKS[task_id]
-    said, shared = (DETAILS[detail], NOUNS[detail]) if by_value else (NOUNS[detail], DETAILS[detail])
+    """CoBSAT's 1,000 prompts [Prompt] of a task (1..10) with `shots` (1..8) demonstrations."""
+    _, detail, words_give_detail = TASKS[task_id]
+    by_words, by_images = DETAILS[detail], NOUNS[detail]
+    if not words_give_detail:
+        by_words, by_images = by_images, by_words
     out = []
-    for number, (x, theta) in enumerate(orders()):
-        common = shared[theta[shots + 1]]
-        labels = [said[i] for i in x[:shots + 1]]
-        kinds = [(detail, label, common) if by_value else (detail, common, label) for label in labels]
-        words = [shown(label) for label in labels]
-        out.append(Prompt(task_id, shots, number, "_".join([str(number), common, *words]), words, [reference(*kind) for kind in kinds[:-1]], kinds[-1]))
+    for number, (x, theta) in enumerate(shuffled_orders()):
+        shared = by_images[theta[shots + 1]]
+        labels = [by_words[i] for i in x[:shots + 1]]
+        kinds = [(detail, label, shared) if words_give_detail else (detail, shared, label)
+                 for label in labels]
+        words = [shown_word(label) for label in labels]
+        name = "_".join([str(number), shared, *words])
+        pictures = [reference_file(*kind) for kind in kinds[:-1]]
+        out.append(Prompt(task_id, shots, number, name, words, pictures, kinds[-1]))
     return out
 
 
-def chosen(args):
-    """The prompts that args asks for, all shot counts and tasks; alike ones together, so that a batch needs little padding."""
-    out = [p for shots in args.shots for task in args.tasks for p in prompts(task, shots)[:args.limit]]
-    return sorted(out, key=lambda p: (p.shots, p.number, p.task))
+def selected_prompts(args):
+    """The prompts that args asks for, sorted so that a batch holds prompts of one shot count and
+    number, whose lengths are alike: little of it is padding."""
+    selected = []
+    for shots, task in itertools.product(args.shots, args.tasks):
+        selected += prompts(task, shots)[:args.limit]
+    return sorted(selected, key=lambda p: (p.shots, p.number, p.task))
 
 
-def question(detail, about_noun):
-    """The judge's question about the main object or about the detail, options in the benchmark's order and in shown words."""
-    asked, options = ("main object", NOUNS[detail]) if about_noun else (f"{detail} (of the main object)", DETAILS[detail])
-    listed = "".join(f" ({number}){shown(word)}" for number, word in enumerate(options, 1))
+def context_parts(args, p):
+    """A prompt as the VLM reads it: "Word 1: white, ", image, "\\n\\nWord 2: blue, ", ..."""
+    parts = []
+    for i, word in enumerate(p.words):
+        parts.append(("text", "\n\n" * (i > 0) + f"Word {i + 1}: {word}, "))
+        # the last word has no image
+        parts += [("image", open_image(args.images / name)) for name in p.pictures[i:i + 1]]
+    return parts
+
+
+# The oracle's text: one fixed phrase for each detail.
+ORACLE = {
+    "color": "a {value} {noun}",
+    "background": "a {noun} with a {value} background",
+    "style": "a {noun} in {value} style",
+    "action": "a {noun} that is {value}",
+    "texture": "a {noun} made of {value}",
+}
+# actions that are not label + "ing"
+ING = {"swim": "swimming", "run": "running", "angry": "angry"}
+
+
+def oracle_text(p):
+    """The true answer as a sentence, such as "Create an image of a red car."."""
+    detail, value, noun = p.answer
+    value = ING.get(value, value + "ing") if detail == "action" else shown_word(value)
+    phrase = ORACLE[detail].format(value=value, noun=noun)
+    return "Create an image of " + re.sub(r"\ba (?=[aeiou])", "an ", phrase) + "."
+
+
+# ---------------------------------------------------------------- judge's questions
+def judge_question(detail, about_noun):
+    """CoBSAT's question about the main object or the detail, options in its order."""
+    asked, options = f"{detail} (of the main object)", DETAILS[detail]
+    if about_noun:
+        asked, options = "main object", NOUNS[detail]
+    listed = "".join(f" ({i}){shown_word(label)}" for i, label in enumerate(options, 1))
     return (f"What is the {asked} in this image? Answer from the following options:{listed}. "
             "Answer the number only and do not include any other texts (e.g., 1).")
 
 
-def truth(prompt):
-    """The oracle's text: one sentence that says the answer, such as "Create an image of a red car."; the same for every run."""
-    return sentence(random.Random(f"oracle {prompt.task} {prompt.name}"), *prompt.answer, CREATE[:3])
+def read_number(text):
+    """All digits of an answer as one number, 0 without any, as CoBSAT's own code reads it."""
+    return int("".join(c for c in text if c in "0123456789") or 0)
 
 
-# ---------------------------------------------------------------- folders and settings
-def picture_file(args, model, p):
-    return args.out / "exps" / f"{model}_image" / f"shot_{p.shots}" / "default" / f"task_{p.task}" / f"{p.name}.jpg"
+def wanted_text(answer):
+    """The right answer in tables and on the page."""
+    return f"{shown_word(answer[1])} {answer[2]}"
 
 
-def thought_file(args, p):
-    return args.out / "thoughts" / f"shot_{p.shots}" / f"task_{p.task}" / f"{p.name}.safetensors"
+# ---------------------------------------------------------------- files and settings
+def image_file(args, model, p):
+    return args.out / f"exps/{model}_image/shot_{p.shots}/default/task_{p.task}/{p.name}.jpg"
 
 
-def drawn(args, model, p):
-    """Whether a picture is finished: its JSON is written last."""
-    file = picture_file(args, model, p)
+def is_complete(args, model, p):
+    """Whether an image is finished: its JSON is written last."""
+    file = image_file(args, model, p)
     return file.exists() and file.with_suffix(".json").exists()
 
 
+def features_file(args, p):
+    return args.out / f"vlm_features/shot_{p.shots}/task_{p.task}/{p.name}.safetensors"
+
+
+def read_json(path):
+    """The content of a JSON file; {} where there is none."""
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 def fingerprint(path):
-    """What a model or data set is, wherever it lies: a name with a hash of its files' names, sizes and last 64 kB (whole models take minutes
-    to hash, and a retrained one differs everywhere); of what is not on this disk, its name on the hub."""
+    """Identifies a model or dataset wherever it lies: its name and a hash of its files' names,
+    sizes and last 64 kB (hashing a whole model takes minutes; a retrained one differs everywhere).
+    What is not on this disk is identified by its name on the hub."""
     path = Path(path)
     if not path.exists():
         return str(path)
@@ -156,367 +258,588 @@ def fingerprint(path):
     return f"{path.name} {digest.hexdigest()}"
 
 
-def settle(args, folder, settings, made):
-    """Keeps `settings` in folder/settings.json. Where others are found and anything matches the patterns `made` (under --out), that is a UserError,
-    or with --overwrite the end of what matches. Rank 0 does it, the others wait for it."""
+def check_settings(args, folder, settings, patterns):
+    """Records `settings` in folder/settings.json below --out.
+
+    Results made with other settings (they match the glob `patterns`) raise UserError, or with
+    --overwrite are deleted. Rank 0 checks, the other ranks wait for it."""
     file = args.out / folder / "settings.json"
-    found = json.loads(file.read_text()) if file.exists() else {}
     if torchrun_ranks()[0]:
-        wait_until(lambda: file.exists() and json.loads(file.read_text()) == settings)
+        wait_until(lambda: read_json(file) == settings)
         return
+    found = read_json(file)
     if found == settings:
         return
-    old = [path for pattern in made for path in args.out.glob(pattern)]
-    if old and not args.overwrite:
-        changed = [f"{name} {found.get(name)}, now {value}" for name, value in {**dict.fromkeys(found), **settings}.items() if found.get(name) != value]
-        raise UserError(f"{file.parent} was made with {'; '.join(changed)}: give the same settings to go on, another --out, or --overwrite to make "
-                        "it anew" if found else f"{file.parent} holds results without settings.json, made by something else: choose another --out, or "
-                        "--overwrite to replace them")
-    for path in old:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    write_json(file, settings)  # last: killed before this, the next run still sees the old settings
+    stale = [path for pattern in patterns for path in args.out.glob(pattern)]
+    if stale and not args.overwrite:
+        changed = [f"{name} {found.get(name)}, now {settings.get(name)}"
+                   for name in {**found, **settings} if found.get(name) != settings.get(name)]
+        made = f"with {'; '.join(changed)}" if found else "by something else"
+        raise UserError(f"{file.parent} was made {made}: repeat the settings, choose another "
+                        "--out, or --overwrite to make it anew")
+    for path in stale:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    # last: whatever is killed before leaves the old settings
+    write_json(file, settings)
 
 
 def wait_until(ready):
-    """Returns when ready() is true; another rank makes it so, or torchrun ends this one."""
+    """Waits for another rank to make ready() true, or for torchrun to end this one."""
     while not ready():
         time.sleep(1)
 
 
 def need_references(args, names):
-    """Raises UserError, with the file's name and where to get it, if one of the reference pictures is not there."""
-    for name in names:
-        if not (args.images / name).is_file():
-            raise UserError(f"reference picture {args.images / name} is missing: get datasets.zip from {HUB} and unzip it in {args.images} "
-                            f"(the miniature's: python miniature.py cobsat --out {args.images})")
+    """Raises UserError if a reference image is missing."""
+    for file in (args.images / name for name in names):
+        if not file.is_file():
+            raise UserError(f"reference picture {file} is missing: unzip datasets.zip from {HUB} "
+                            f"in {args.images} (miniature: python -m miniature cobsat --out "
+                            f"{args.images})")
 
 
-# ---------------------------------------------------------------- generate: the VLM thinks, FLUX draws
-def think(args, mine):
-    """The VLM's answer to each prompt of `mine`: features (n, d_vlm) and words, in a file each. A batch with a gap is done again as a whole, so that
-    a run that was killed computes bit for bit what an undisturbed one does."""
-    batches = [mine[at:at + args.batch_size] for at in range(0, len(mine), args.batch_size)]
-    batches = [batch for batch in batches if not all(thought_file(args, p).exists() for p in batch)]
+def split_batches(items, size):
+    return [items[start:start + size] for start in range(0, len(items), size)]
+
+
+def unfinished(batches, is_done):
+    """The batches with a gap. They are computed again whole: the last bits of an item depend on its
+    batch, and a resumed run ends with the same bits as one that was never stopped."""
+    return [batch for batch in batches if not all(is_done(item) for item in batch)]
+
+
+def progress(batches, label):
+    """The batches behind a progress bar, which rank 0 shows."""
+    return tqdm(batches, label, disable=torchrun_ranks()[0] != 0)
+
+
+# ---------------------------------------------------------------- generate
+METHODS = ["thinkdiff", "relay", "oracle"]
+
+
+def generate_settings(args):
+    """{folder below --out: its settings}: all that decides the VLM's answers and the images."""
+    vlm = {"vlm": fingerprint(args.vlm), "instruction": INSTRUCTION,
+           "max_new_tokens": args.max_new_tokens, "images": fingerprint(args.images / "datasets")}
+    flux = {"scale": args.scale, "flux": fingerprint(args.flux)}
+    for name in ("size", "steps", "guidance", "true_cfg", "seed"):
+        flux[name] = getattr(args, name)
+    if args.cache:
+        flux["cache"] = args.cache
+    if args.quantize:
+        vlm["quantize"] = flux["quantize"] = True
+    text = {"t5_length": args.t5_length}
+    own = {"thinkdiff": {**vlm, "aligner": fingerprint(args.aligner)}, "relay": {**vlm, **text},
+           "oracle": {**text, "phrases": "; ".join(ORACLE.values())}}
+    folders = {f"exps/{method}_image": {"method": method, **flux, **own[method]}
+               for method in args.method}
+    if set(args.method) != {"oracle"}:
+        folders["vlm_features"] = vlm
+    return folders
+
+
+def answer_prompts(args, mine):
+    """Writes the VLM's greedy answer to each prompt: features (n, d_vlm) and text, a file each."""
+    batches = split_batches(mine, args.batch_size)
+    batches = unfinished(batches, lambda p: features_file(args, p).exists())
     if not batches:
         return
     device, dtype = pick_device()
-    model, processor = load_vlm(args.vlm, device, dtype, **vlm_options(args.quantize))
-    picture = functools.lru_cache(64)(lambda name: open_image(args.images / name))
-    bar = tqdm(total=sum(map(len, batches)), desc="think", unit="prompt", disable=torchrun_ranks()[0] != 0)
-    for batch in batches:
+    model, processor = load_vlm(args.vlm, device, dtype, **vlm_options(args))
+    for batch in progress(batches, "answer"):
         began = time.time()
-        contexts = []
-        for p in batch:
-            texts = [("text", "\n\n" * (n > 1) + f"Word {n}: {word}, ") for n, word in enumerate(p.words, 1)]
-            images = [("image", picture(name)) for name in p.pictures]
-            contexts.append([part for pair in zip(texts, images) for part in pair] + texts[-1:])
-        inputs = encode_messages(processor, [context_message(parts, INSTRUCTION) for parts in contexts]).to(device)
-        tokens, x, lengths = generate_with_features(model, inputs, args.max_new_tokens, ignore_eos=False, do_sample=False)
+        conversations = [context_messages(context_parts(args, p), INSTRUCTION) for p in batch]
+        inputs = encode_messages(processor, conversations).to(device)
+        # tokens (B, N), features (B, N, d_vlm), lengths (B,): tokens before EOS
+        tokens, features, lengths = generate_with_features(
+            model, inputs, args.max_new_tokens, ignore_eos=False, do_sample=False)
         seconds = (time.time() - began) / len(batch)
-        for p, x_p, y, n in zip(batch, x, tokens, lengths.tolist()):
-            words = processor.tokenizer.decode(y[:n], skip_special_tokens=True).strip()
-            features = x_p[:max(n, 1)].contiguous()  # (n, d_vlm): without the state that said EOS, unless the answer is empty
-            write_atomically(thought_file(args, p), save({"x": features.cpu()}, {"words": words, "seconds": str(seconds)}))
-        bar.update(len(batch))
-    bar.close()
+        for i, p in enumerate(batch):
+            n = lengths[i].item()
+            text = processor.tokenizer.decode(tokens[i, :n], skip_special_tokens=True).strip()
+            # (n, d_vlm): without the state that predicts EOS, unless the answer is empty
+            x = features[i, :max(n, 1)].contiguous().cpu()
+            note = {"words": text, "seconds": str(seconds)}
+            write_atomically(features_file(args, p), save({"x": x}, note))
 
 
-def read_thought(args, p):
-    """(features (n, d_vlm), words, seconds) of a prompt."""
-    with safe_open(thought_file(args, p), "pt") as file:
-        return file.get_tensor("x"), file.metadata()["words"], float(file.metadata()["seconds"])
+def read_answer(args, p):
+    """(features (n, d_vlm), text, seconds) of the VLM's answer to a prompt."""
+    with safe_open(features_file(args, p), "pt") as file:
+        note = file.metadata()
+        return file.get_tensor("x"), note["words"], float(note["seconds"])
+
+
+def image_batches(args, method, mine):
+    """Batches still to be drawn, each of prompt embeddings of one length: FLUX has no text mask."""
+    by_length = {}
+    for p in mine:
+        length = args.t5_length
+        if method == "thinkdiff":
+            with safe_open(features_file(args, p), "pt") as file:
+                length = file.get_slice("x").get_shape()[0]
+        by_length.setdefault(length, []).append(p)
+    batches = []
+    for _, same in sorted(by_length.items()):
+        batches += split_batches(same, args.batch_size)
+    return unfinished(batches, lambda p: is_complete(args, method, p))
+
+
+def draw_images(args, method, batches, pipe, aligner):
+    """Draws one method's images and writes them with their JSON."""
+    for batch in progress(batches, f"draw {method}"):
+        began = time.time()
+        if method == "oracle":
+            answers = [(None, oracle_text(p), 0.0) for p in batch]
+        else:
+            answers = [read_answer(args, p) for p in batch]
+        if method == "thinkdiff":
+            x = torch.stack([features for features, _, _ in answers])
+            with torch.no_grad():
+                # (B, n, d_vlm) -> (B, n, d_t5)
+                embeds = aligner(x.to(*pick_device()))
+        else:
+            # (B, t5_length, d_t5)
+            embeds = t5_embeds(pipe, [text for _, text, _ in answers], args.t5_length)
+        seeds = [args.seed + p.number for p in batch]
+        images = generate_images(pipe, embeds, [""] * len(batch), seeds, args.size, args.steps,
+                                 args.guidance, args.true_cfg)
+        seconds = (time.time() - began) / len(batch)
+        for p, image, (_, text, vlm_seconds) in zip(batch, images, answers, strict=True):
+            if is_complete(args, method, p):
+                continue
+            file = image_file(args, method, p)
+            write_atomically(file, functools.partial(image.save, format="JPEG", quality=95))
+            write_json(file.with_suffix(".json"), {
+                "description": text, "text_inputs": p.words,
+                "time": round(vlm_seconds + seconds, 3),
+                "image_inputs": [str(args.images / name) for name in p.pictures]})
 
 
 def generate(args):
-    """`generate`: pictures and their JSON for each method, shot count and task, this rank's share of them."""
-    options, mine = drawing_options(args), chosen(args)
+    """`generate`: each method's images, this rank's share of the prompts."""
+    options = pipeline_options(args)
+    mine = selected_prompts(args)
     need_references(args, {name for p in mine for name in p.pictures})
-    rank, world, _ = torchrun_ranks()
-    mine = mine[rank::world]
-    thinking = {"vlm": fingerprint(args.vlm), "instruction": INSTRUCTION, "max_new_tokens": args.max_new_tokens,
-                "images": fingerprint(args.images / "datasets"), **({"quantize": True} if args.quantize else {})}
-    drawing = {"scale": args.scale, "flux": fingerprint(args.flux), "size": args.size, "steps": args.steps, "guidance": args.guidance,
-               "true_cfg": args.true_cfg, "seed": args.seed, **{name: options[name] for name in ("quantize", "cache") if options[name]}}
-    own = {"thinkdiff": {**thinking, "aligner": fingerprint(args.aligner)}, "relay": {**thinking, "t5_length": args.t5_length},
-           "oracle": {"t5_length": args.t5_length}}
-    for method in args.method:  # all of them before any work is done
-        settle(args, f"exps/{method}_image", {"method": method, **drawing, **own[method]},
-               [f"exps/{method}_image/shot_*", f"verdicts/*/{method}_image"])
-    if "thinkdiff" in args.method:  # read now, so that a wrong one is known before the VLM has worked for hours
-        load_aligner(args.aligner, d_vlm=pretrained(AutoConfig, args.vlm).get_text_config().hidden_size)
-    if set(args.method) != {"oracle"}:
-        settle(args, "thoughts", thinking, ["thoughts/shot_*"])
-        think(args, mine)
-
-    device, dtype = pick_device()
-    pipe = aligner = None
-    for method in args.method:
-        def length(p):
-            with safe_open(thought_file(args, p), "pt") as file:
-                return file.get_slice("x").get_shape()[0]
-        jobs = [(range(length(p) if method == "thinkdiff" else args.t5_length), p) for p in mine]  # the range stands for a prompt of that length
-        batches = [[p for _, p in same] for same in equal_lengths(jobs, args.batch_size)]
-        batches = [batch for batch in batches if not all(drawn(args, method, p) for p in batch)]  # one with a gap is drawn again whole, as in think
-        if batches and not pipe:
-            pipe = load_flux(args.flux, device, dtype, t5_encoder=args.true_cfg > 1 or set(args.method) != {"thinkdiff"}, **options)
-        if batches and method == "thinkdiff":
-            aligner = load_aligner(args.aligner, d_t5=pipe.transformer.config.joint_attention_dim).to(device, dtype)
-        bar = tqdm(total=sum(map(len, batches)), desc=f"draw {method}", unit="picture", disable=rank != 0 or not batches)
-        for batch in batches:
-            began = time.time()
-            thoughts = [(None, truth(p), 0.0) if method == "oracle" else read_thought(args, p) for p in batch]
-            if method == "thinkdiff":
-                with torch.no_grad():
-                    prompt = aligner(torch.stack([x for x, _, _ in thoughts]).to(device, dtype))  # (B, n, d_t5)
-            else:
-                prompt = text_embeds(pipe, [words for _, words, _ in thoughts], args.t5_length)  # (B, t5_length, d_t5)
-            images = draw(pipe, prompt, [""] * len(batch), [args.seed + p.number for p in batch], args.size, args.steps, args.guidance, args.true_cfg)
-            seconds = (time.time() - began) / len(batch)
-            for p, image, (_, words, thought) in zip(batch, images, thoughts):
-                file = picture_file(args, method, p)
-                if not drawn(args, method, p):
-                    write_atomically(file, lambda temporary: image.save(temporary, "JPEG", quality=95))
-                    write_json(file.with_suffix(".json"), {"description": words, "text_inputs": p.words, "time": round(thought + seconds, 3),
-                                                           "image_inputs": [str(args.images / name) for name in p.pictures]})
-            bar.update(len(batch))
-        bar.close()
+    rank, world_size, _ = torchrun_ranks()
+    mine = mine[rank::world_size]
+    # the folder's name in earlier versions
+    if rank == 0 and (args.out / "thoughts").is_dir():
+        (args.out / "thoughts").rename(args.out / "vlm_features")
+    all_settings = generate_settings(args)
+    for folder, settings in all_settings.items():
+        check_settings(args, folder, settings,
+                       [f"{folder}/shot_*", f"verdicts/*/{folder.removeprefix('exps/')}"])
+    aligner = None
+    if "thinkdiff" in args.method:
+        # now, so that a wrong aligner is known before the VLM has worked for hours
+        aligner = load_aligner(args.aligner, feature_width(args.vlm), prompt_width(args))
+        aligner.to(*pick_device())
+    if "vlm_features" in all_settings:
+        answer_prompts(args, mine)
+    work = {method: image_batches(args, method, mine) for method in args.method}
+    work = {method: batches for method, batches in work.items() if batches}
+    if not work:
+        return
+    # T5's encoder is for texts and for the empty prompt of classifier-free guidance
+    t5_encoder = args.true_cfg > 1 or set(args.method) != {"thinkdiff"}
+    pipe = load_flux(args.flux, *pick_device(), t5_encoder=t5_encoder, **options)
+    for method, batches in work.items():
+        draw_images(args, method, batches, pipe, aligner)
 
 
 # ---------------------------------------------------------------- judge
+# of an answer, usually one number: a higher limit costs nothing unless the judge rambles
+JUDGE_TOKENS = 32
+
+
 def load_vlm_judge(path, device, dtype):
-    """The benchmark's judge as a function: (B PIL images, B answers) -> B x {"detail", "object"}, the text of its two greedy answers."""
-    model = pretrained(AutoModelForImageTextToText, path, dtype=dtype).to(device).eval()
+    """CoBSAT's judge: a function (B PIL images, B answers) -> B x {"detail", "object"}, the texts
+    of its greedy answers to the two questions."""
+    model = pretrained(AutoModelForImageTextToText, path, dtype=dtype)
+    model.to(device).eval()
     processor = pretrained(AutoProcessor, path)
     processor.tokenizer.padding_side = "left"
 
     @torch.no_grad()
-    def look(images, answers):
-        said = []
-        for about_noun in (False, True):
-            asked = [[{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question(detail, about_noun)}]}]
-                     for image, (detail, _, _) in zip(images, answers)]
-            inputs = encode_messages(processor, asked).to(device, dtype)  # input_ids (B, P), padded on the left
-            tokens = model.generate(**inputs, max_new_tokens=JUDGE_TOKENS, do_sample=False, temperature=None, top_p=None, top_k=None)
-            said.append(processor.tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
-        return [{"detail": first.strip(), "object": second.strip()} for first, second in zip(*said)]
-    return look
+    def answer_batch(images, answers):
+        said = [{} for _ in images]
+        for key, about_noun in (("detail", False), ("object", True)):
+            conversations = []
+            for image, (detail, _, _) in zip(images, answers, strict=True):
+                question = {"type": "text", "text": judge_question(detail, about_noun)}
+                content = [{"type": "image", "image": image}, question]
+                conversations.append([{"role": "user", "content": content}])
+            # input_ids (B, P), padded on the left
+            inputs = encode_messages(processor, conversations).to(device, dtype)
+            tokens = model.generate(**inputs, max_new_tokens=JUDGE_TOKENS, do_sample=False,
+                                    temperature=None, top_p=None, top_k=None)
+            tokens = tokens[:, inputs["input_ids"].shape[1]:]
+            texts = processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+            for verdict, text in zip(said, texts, strict=True):
+                verdict[key] = text.strip()
+        return said
+    return answer_batch
 
 
 def load_clip_judge(path, device, dtype):
-    """The benchmark's CLIP judge, as load_vlm_judge's; its answers are the options' numbers, with the "similarity" to "{value} {noun}"."""
-    model, processor = pretrained(CLIPModel, path, dtype=dtype).to(device).eval(), pretrained(CLIPProcessor, path)
-
-    def unit(features):
-        return torch.nn.functional.normalize(features.pooler_output.float(), dim=-1)
+    """CoBSAT's CLIP judge, called like load_vlm_judge's; it answers with the options' numbers and
+    the "similarity" (cosine) to "{value} {noun}"."""
+    model = pretrained(CLIPModel, path, dtype=dtype).to(device).eval()
+    processor = pretrained(CLIPProcessor, path)
 
     @functools.cache
-    def texts(*words):
-        return unit(model.get_text_features(**processor(text=list(words), padding=True, return_tensors="pt").to(device)))  # (words, d_clip)
+    def embed_texts(*texts):
+        inputs = processor(text=list(texts), padding=True, return_tensors="pt").to(device)
+        # (texts, d_clip)
+        return normalize(model.get_text_features(**inputs).pooler_output.float(), dim=-1)
+
+    def best_option(x, labels):
+        return str(1 + (embed_texts(*labels) @ x).argmax().item())
 
     @torch.no_grad()
-    def look(images, answers):
-        seen = unit(model.get_image_features(**processor(images=images, return_tensors="pt").to(device, dtype)))  # (B, d_clip)
-        return [{"detail": str(1 + (texts(*DETAILS[detail]) @ x).argmax().item()), "object": str(1 + (texts(*NOUNS[detail]) @ x).argmax().item()),
-                 "similarity": round((texts(f"{value} {noun}") @ x).item(), 4)} for x, (detail, value, noun) in zip(seen, answers)]
-    return look
+    def answer_batch(images, answers):
+        inputs = processor(images=images, return_tensors="pt").to(device, dtype)
+        # (B, d_clip)
+        embeds = normalize(model.get_image_features(**inputs).pooler_output.float(), dim=-1)
+        said = []
+        for x, (detail, value, noun) in zip(embeds, answers, strict=True):
+            similarity = (embed_texts(f"{value} {noun}") @ x).item()
+            said.append({"detail": best_option(x, DETAILS[detail]),
+                         "object": best_option(x, NOUNS[detail]),
+                         "similarity": round(similarity, 4)})
+        return said
+    return answer_batch
 
 
-LOAD = {"vlm": load_vlm_judge, "clip": load_clip_judge}
+LOAD_JUDGE = {"vlm": load_vlm_judge, "clip": load_clip_judge}
+JUDGES = list(LOAD_JUDGE)
 
 
-def find_models(args):
-    """The models whose pictures are judged: those asked for, or all that have a folder."""
+class JudgingTask(NamedTuple):
+    """verdict_file: inside a judge's folder; source: (model, shots, task), None for the reference
+    images; items: [(name, image file, answer)]."""
+    verdict_file: str
+    source: tuple
+    items: list
+
+
+def judging_tasks(args):
+    """[JudgingTask]: the 500 reference images, then those of --models or of all that are there."""
+    items = [(reference_file(*kind), args.images / reference_file(*kind), kind) for kind in KINDS]
+    out = [JudgingTask("references.json", None, items)]
     found = sorted(path.name.removesuffix("_image") for path in args.out.glob("exps/*_image"))
     if not (args.models or found):
-        raise UserError(f"no results in {args.out}: expected {args.out}/exps/MODEL_image/shot_K/default/task_T, as `generate` writes them")
-    return args.models or found
-
-
-def rounds(args):
-    """What is judged: [(verdict file inside a judge's folder, (model, shots, task), [(name, picture, answer)])], the 500 reference pictures first."""
-    out = [("references.json", None, [(reference(*pair), args.images / reference(*pair), pair) for pair in PAIRS])]
-    for model in find_models(args):
-        folders = [(shots, task) for shots in args.shots for task in args.tasks]
-        here = [(shots, task) for shots, task in folders if picture_file(args, model, prompts(task, shots)[0]).parent.is_dir()]
-        if not here:
-            raise UserError(f"no pictures of {model} for these --shots and --tasks in {args.out}/exps/{model}_image")
-        out += [(f"{model}_image/shot_{shots}/task_{task}.json", (model, shots, task),
-                 [(p.name, picture_file(args, model, p), p.answer) for p in prompts(task, shots)[:args.limit]]) for shots, task in here]
+        raise UserError(f"no results in {args.out}: expected {args.out}/exps/MODEL_image/shot_K/"
+                        "default/task_T, as `generate` writes them")
+    for model in dict.fromkeys(args.models or found):
+        tasks = []
+        for shots, task in itertools.product(args.shots, args.tasks):
+            items = [(p.name, image_file(args, model, p), p.answer)
+                     for p in prompts(task, shots)[:args.limit]]
+            if items[0][1].parent.is_dir():
+                file = f"{model}_image/shot_{shots}/task_{task}.json"
+                tasks.append(JudgingTask(file, (model, shots, task), items))
+        if not tasks:
+            raise UserError(f"no pictures of {model} for these --shots and --tasks in "
+                            f"{args.out}/exps/{model}_image")
+        out += tasks
     return out
 
 
-def read_verdicts(args, judge, file):
-    path = args.out / "verdicts" / judge / file
-    return json.loads(path.read_text()) if path.exists() else {}
+def read_verdicts(args, task):
+    """{judge: {name: verdict}}; a verdict holds the hash of the image file ("file") and "detail"
+    and "object", the judge's answers, or "error"."""
+    return {name: read_json(args.out / "verdicts" / name / task.verdict_file)
+            for name in args.judge}
+
+
+def read_image(path):
+    """(verdict without answers, PIL image); a missing or broken image is None and an "error"."""
+    if not path.exists():
+        return {"file": None, "error": "missing"}, None
+    data = path.read_bytes()
+    verdict = {"file": hashlib.blake2b(data, digest_size=8).hexdigest()}
+    try:
+        return verdict, open_image(data, path)
+    except UserError as error:
+        return {**verdict, "error": str(error)}, None
+
+
+def judge_batch(task, batch, verdicts, load):
+    """New verdicts on a batch of task.items; {} if `verdicts` are about the same image files.
+
+    They are compared by hash, so that an image that was replaced, repaired or deleted since is
+    judged again, whatever its date. load() returns the judge."""
+    new, images, readable = {}, [], []
+    for name, path, answer in batch:
+        new[name], image = read_image(path)
+        if image:
+            images.append(image)
+            readable.append((name, answer))
+        elif not task.source:
+            raise UserError(f"{new[name]['error']}: get it again from {HUB}")
+    if all(verdicts.get(name, {}).get("file", 0) == new[name]["file"] for name in new):
+        return {}
+    if images:
+        names, answers = zip(*readable, strict=True)
+        for name, said in zip(names, load()(images, answers), strict=True):
+            new[name].update(said)
+    return new
+
+
+def run_judge(args, name, path, tasks):
+    """Writes one judge's verdicts; its model is loaded when the first new image is found."""
+    @functools.cache
+    def load():
+        return LOAD_JUDGE[name](path, *pick_device())
+    for task in progress(tasks, f"judge {name}"):
+        verdicts = read_verdicts(args, task)[name]
+        for batch in split_batches(task.items, args.batch_size):
+            new = judge_batch(task, batch, verdicts, load)
+            if new:
+                verdicts.update(new)
+                write_json(args.out / "verdicts" / name / task.verdict_file, verdicts)
 
 
 def judge(args):
-    """`judge`: asks each judge about the reference pictures, then about the pictures of this rank's share of folders; only about new or changed ones."""
-    work = rounds(args)
-    need_references(args, [name for name, _, _ in work[0][2]])
-    rank, world, _ = torchrun_ranks()
-    work = work[:1] * (rank == 0) + work[1:][rank::world]
+    """`judge`: each judge's verdicts on the reference images and on this rank's share of tasks."""
+    references, *tasks = judging_tasks(args)
+    need_references(args, [name for name, _, _ in references.items])
+    rank, world_size, _ = torchrun_ranks()
+    tasks = tasks[rank::world_size]
+    if rank == 0:
+        tasks.insert(0, references)
     paths = {"vlm": args.judge_vlm, "clip": args.judge_clip}
     for name in args.judge:
-        settle(args, f"verdicts/{name}", {"model": fingerprint(paths[name])}, [f"verdicts/{name}/*_image", f"verdicts/{name}/references.json"])
+        check_settings(args, f"verdicts/{name}", {"model": fingerprint(paths[name])},
+                       [f"verdicts/{name}/*_image", f"verdicts/{name}/references.json"])
     for name in args.judge:
-        look = None
-        bar = tqdm(total=sum(len(pictures) for _, _, pictures in work), desc=f"judge {name}", unit="picture", disable=rank != 0)
-        for file, _, pictures in work:
-            verdicts = read_verdicts(args, name, file)
-            for at in range(0, len(pictures), args.batch_size):
-                batch, new = pictures[at:at + args.batch_size], {}
-                for key, path, _ in batch:
-                    try:
-                        data = path.read_bytes()
-                        new[key] = {"file": hashlib.blake2b(data, digest_size=8).hexdigest(), "picture": open_image(data, path)}
-                    except FileNotFoundError:
-                        new[key] = {"file": None, "error": "missing"}
-                    except UserError as error:
-                        if file == "references.json":
-                            raise UserError(f"{error}: get it again from {HUB}") from None
-                        new[key] = {"file": hashlib.blake2b(data, digest_size=8).hexdigest(), "error": str(error)}
-                bar.update(len(batch))
-                if all(verdicts.get(key, {}).get("file", 0) == verdict["file"] for key, verdict in new.items()):
-                    continue
-                whole = [(key, answer) for key, _, answer in batch if "error" not in new[key]]
-                if whole:
-                    look = look or LOAD[name](paths[name], *pick_device())
-                    for (key, _), said in zip(whole, look([new[key].pop("picture") for key, _ in whole], [answer for _, answer in whole])):
-                        new[key].update(said)
-                verdicts.update(new)
-                write_json(args.out / "verdicts" / name / file, verdicts)
-        bar.close()
+        run_judge(args, name, paths[name], tasks)
 
 
-# ---------------------------------------------------------------- table
-def read_number(text):
-    """A judge's answer: all its digits as one number, 0 without any (the benchmark's reading; outside 1..10 is wrong)."""
-    return int("".join(c for c in text if c in "0123456789") or 0)
+# ---------------------------------------------------------------- score
+# of the bootstrap
+RESAMPLES = 1000
+METRICS = ("correct", "detail", "object")
 
 
-def ruling(verdict, answer):
-    """{"detail", "object", "correct"}: 0 or 1, and "says": the options that were named, `?` where it is none of the ten."""
+def score_verdict(verdict, answer):
+    """{"correct", "detail", "object"}: 0 or 1, and "says": the options that the judge named, `?`
+    where it is none of the ten."""
     detail, value, noun = answer
-    said = [dict(enumerate(options, 1)).get(read_number(verdict.get(key, ""))) for key, options in (("detail", DETAILS[detail]), ("object", NOUNS[detail]))]
-    return {"detail": int(said[0] == value), "object": int(said[1] == noun), "correct": int(said == [value, noun]),
-            "says": " ".join(shown(word) if word else "?" for word in said) if "error" not in verdict else ""}
+    named = []
+    for key, options in (("detail", DETAILS[detail]), ("object", NOUNS[detail])):
+        named.append(dict(enumerate(options, 1)).get(read_number(verdict.get(key, ""))))
+    says = " ".join(shown_word(label) if label else "?" for label in named)
+    return {"correct": int(named == [value, noun]), "detail": int(named[0] == value),
+            "object": int(named[1] == noun), "says": "" if "error" in verdict else says}
 
 
-def make_rows(args):
-    """(rows of results.csv, {judge: its own accuracies on the reference pictures}). The first judge of --judge has the say (the benchmark's is the VLM)."""
-    work, rows, accuracy = rounds(args), [], {}
-    for file, folder, pictures in work:
-        found = {name: read_verdicts(args, name, file) for name in args.judge}
-        for name, verdicts in found.items():
-            if left := sum(key not in verdicts for key, _, _ in pictures):
-                raise UserError(f"{left} of {len(pictures)} pictures are not judged in {args.out}/verdicts/{name}/{file}: run `python cobsat_eval.py judge` with "
-                                "the same --shots, --tasks, --limit and --judge first")
-        if not folder:
-            for name, verdicts in found.items():
-                right = [(answer[0], ruling(verdicts[key], answer)) for key, _, answer in pictures]
-                accuracy[name] = {key: float(np.mean([r[key] for _, r in right])) for key in ("correct", "detail", "object")}
-                accuracy[name].update({detail: float(np.mean([r["correct"] for d, r in right if d == detail])) for detail in DETAILS})
-            continue
-        model, shots, task = folder
-        _, _, by_value = TASKS[task]
-        for key, _, answer in pictures:
-            rulings = {name: ruling(found[name][key], answer) for name in args.judge}
-            first = rulings[args.judge[0]]
-            row = {"method": model, "shots": shots, "task_id": task, "task": TASKS[task][0], "name": key, "wanted": f"{shown(answer[1])} {answer[2]}",
-                   "picture": found[args.judge[0]][key].get("error", "ok"), "correct": first["correct"], "detail": first["detail"], "object": first["object"],
-                   "textual": first["detail" if by_value else "object"], "visual": first["object" if by_value else "detail"]}
-            for name in args.judge[1:]:
-                row.update({f"{name}_{part}": rulings[name][part] for part in ("correct", "detail", "object")})
-            if len(rulings) > 1:
-                row["agree"] = int(len({r["correct"] for r in rulings.values()}) == 1)
-            if "clip" in args.judge:
-                row["similarity"] = found["clip"][key].get("similarity", 0.0)
-            rows.append({**row, **{f"{name}_says": rulings[name]["says"] for name in args.judge}})
+def judge_accuracy(verdicts, items):
+    """A judge's own accuracies on the reference images: METRICS, and "correct" for each detail."""
+    scores = [(answer[0], score_verdict(verdicts[name], answer)) for name, _, answer in items]
+    shares = {metric: float(np.mean([s[metric] for _, s in scores])) for metric in METRICS}
+    for detail in DETAILS:
+        shares[detail] = float(np.mean([s["correct"] for d, s in scores if d == detail]))
+    return shares
+
+
+def result_row(source, name, answer, verdicts):
+    """A row of results.csv. verdicts: {judge: its verdict}, the first is the primary judge."""
+    model, shots, task = source
+    scores = {judge: score_verdict(verdict, answer) for judge, verdict in verdicts.items()}
+    primary, *others = scores
+    row = {"method": model, "shots": shots, "task_id": task, "task": TASKS[task].name, "name": name,
+           "wanted": wanted_text(answer), "picture": verdicts[primary].get("error", "ok")}
+    row.update({metric: scores[primary][metric] for metric in METRICS})
+    row["textual"], row["visual"] = row["detail"], row["object"]
+    if not TASKS[task].words_give_detail:
+        row["textual"], row["visual"] = row["object"], row["detail"]
+    for judge in others:
+        row.update({f"{judge}_{metric}": scores[judge][metric] for metric in METRICS})
+    if others:
+        row["agree"] = int(len({s["correct"] for s in scores.values()}) == 1)
+    if "clip" in verdicts:
+        row["similarity"] = verdicts["clip"].get("similarity", 0.0)
+    row.update({f"{judge}_says": scores[judge]["says"] for judge in scores})
+    return row
+
+
+def unjudged(args):
+    """[(verdict file, images without a verdict, images)] where there are such."""
+    gaps = []
+    for task in judging_tasks(args):
+        for judge, verdicts in read_verdicts(args, task).items():
+            left = sum(name not in verdicts for name, _, _ in task.items)
+            if left:
+                gaps.append((f"{judge}/{task.verdict_file}", left, len(task.items)))
+    return gaps
+
+
+def result_rows(args):
+    """(rows of results.csv, {judge: its accuracies on the reference images})."""
+    for file, left, n in unjudged(args):
+        raise UserError(f"{left} of {n} pictures are not judged in {args.out}/verdicts/{file}: run "
+                        "`python cobsat_eval.py judge` with the same --shots, --tasks, --limit and "
+                        "--judge first")
+    references, *tasks = judging_tasks(args)
+    accuracy = {judge: judge_accuracy(verdicts, references.items)
+                for judge, verdicts in read_verdicts(args, references).items()}
+    rows = []
+    for task in tasks:
+        verdicts = read_verdicts(args, task)
+        for name, _, answer in task.items:
+            on_image = {judge: verdicts[judge][name] for judge in args.judge}
+            rows.append(result_row(task.source, name, answer, on_image))
     return rows, accuracy
 
 
 def score(rows, judge):
-    """{method: {shots: {task name or "mean": {"correct": share, "correct_95": [low, high], .., "n", "missing", "judge"}}}} from the rows of results.csv.
-
-    Intervals: percentile bootstrap over the prompts of each task; a "mean" is over tasks, each with equal weight."""
-    metrics = [key for key, value in rows[0].items() if isinstance(value, (int, float)) and key not in ("shots", "task_id")]
-    out, groups = {}, {}
+    """{method: {shots: score_tasks of its rows}} from the rows of results.csv."""
+    groups = {}
     for row in rows:
-        groups.setdefault((row["method"], str(row["shots"])), {}).setdefault(row["task"], []).append(row)
-    for (method, shots), tasks in groups.items():
-        cells, means, draws, rng = {}, [], [], np.random.default_rng(0)
-        for task, group in tasks.items():
-            values = np.array([[float(row[metric]) for metric in metrics] for row in group])  # (n, metrics)
-            n = len(values)
-            again = rng.multinomial(n, [1 / n] * n, RESAMPLES) @ values / n  # (RESAMPLES, metrics)
-            means.append(values.mean(0)), draws.append(again)
-            cells[task] = (values.mean(0), again, n, sum(row["picture"] != "ok" for row in group))
-        cells["mean"] = (np.mean(means, 0), np.mean(draws, 0), sum(cell[2] for cell in cells.values()), sum(cell[3] for cell in cells.values()))
-        for task, (mean, again, n, missing) in cells.items():
-            low, high = np.percentile(again, [2.5, 97.5], axis=0)
-            cell = {metric: round(mean[i], 4) for i, metric in enumerate(metrics)}
-            cell.update({f"{metric}_95": [round(low[i], 4), round(high[i], 4)] for i, metric in enumerate(metrics)})
-            out.setdefault(method, {}).setdefault(shots, {})[task] = {**cell, "n": n, "missing": missing, "judge": judge}
-    return out
+        groups.setdefault(row["method"], {}).setdefault(str(row["shots"]), []).append(row)
+    return {method: {shots: score_tasks(group, judge) for shots, group in by_shots.items()}
+            for method, by_shots in groups.items()}
+
+
+def score_tasks(rows, judge):
+    """{task or "mean": {"correct": share, "correct_95": [low, high], ..., "n", "missing",
+    "judge"}}.
+
+    Intervals: percentile bootstrap over each task's prompts; a mean weights all tasks alike."""
+    metrics = [key for key, value in rows[0].items()
+               if isinstance(value, (int, float)) and key not in ("shots", "task_id")]
+    rng = np.random.default_rng(0)
+    stats, cells = {}, {}
+    for task in dict.fromkeys(row["task"] for row in rows):
+        group = [row for row in rows if row["task"] == task]
+        # (n, metrics)
+        values = np.array([[float(row[metric]) for metric in metrics] for row in group])
+        n = len(values)
+        # (RESAMPLES, metrics)
+        resampled = rng.multinomial(n, [1 / n] * n, RESAMPLES) @ values / n
+        missing = sum(row["picture"] != "ok" for row in group)
+        stats[task] = values.mean(0), resampled, n, missing
+    means, resampled, n, missing = zip(*stats.values(), strict=True)
+    stats["mean"] = np.mean(means, 0), np.mean(resampled, 0), sum(n), sum(missing)
+    for task, (mean, resampled, n, missing) in stats.items():
+        low, high = np.percentile(resampled, [2.5, 97.5], axis=0).round(4)
+        cell = {metric: round(mean[i], 4) for i, metric in enumerate(metrics)}
+        cell.update({f"{metric}_95": [low[i], high[i]] for i, metric in enumerate(metrics)})
+        cells[task] = {**cell, "n": n, "missing": missing, "judge": judge}
+    return cells
+
+
+# ---------------------------------------------------------------- tables
+# "correct" by CoBSAT's judge in the order of COLUMNS (paper, Tables 1 and 2)
+PUBLISHED = {
+    2: {
+        "SEED-LLaMA": "0.680 0.348 0.203 0.182 0.196 0.287 0.467 0.297 0.261 0.163",
+        "Emu": "0.065 0.051 0.057 0.052 0.078 0.062 0.109 0.081 0.092 0.074",
+        "GILL": "0.171 0.054 0.069 0.063 0.074 0.010 0.043 0.024 0.022 0.040",
+        "ThinkDiff-LVLM": "0.622 0.349 0.237 0.459 0.290 0.511 0.534 0.340 0.534 0.292",
+    },
+    4: {
+        "SEED-LLaMA": "0.482 0.211 0.141 0.053 0.122 0.252 0.076 0.268 0.207 0.105",
+        "Emu": "0.063 0.018 0.045 0.048 0.097 0.037 0.122 0.109 0.077 0.088",
+        "GILL": "0.106 0.044 0.041 0.073 0.087 0.022 0.059 0.044 0.032 0.067",
+        "ThinkDiff-LVLM": "0.638 0.362 0.254 0.434 0.317 0.610 0.590 0.432 0.664 0.332",
+    },
+}
 
 
 def scale_of(args, model):
-    """What a model's folder says of its size; for one that another project wrote, what --scale says."""
-    file = args.out / "exps" / f"{model}_image" / "settings.json"
-    return json.loads(file.read_text())["scale"] if file.exists() else args.scale
+    """The scale in a model's settings.json; --scale for one that another project wrote."""
+    settings = read_json(args.out / f"exps/{model}_image/settings.json")
+    return settings.get("scale", args.scale)
 
 
-def make_tables(args, scores, accuracy):
-    """[(title, [header, row, ...] of texts)]: for each shot count, one table a scale, best first; then all metrics, and the judges themselves."""
-    names = {"vlm": "VLM judge", "clip": "CLIP judge"}
+def with_interval(cell, metric):
+    return "{:.3f} [{:.2f}, {:.2f}]".format(cell[metric], *cell[f"{metric}_95"])
+
+
+def comparison_tables(args, scores, shots):
+    """A table for each scale, best method first; published rows are full size."""
+    columns = [*COLUMNS, "mean"]
+    # {scale: [(mean, texts)]}, and the scales with rows of ours
+    ranked, ours = {"full size": []}, set()
+    for name, text in PUBLISHED.get(shots, {}).items():
+        shares = [float(share) for share in text.split()]
+        # 0.0575 is printed as 0.058
+        shares.append(np.mean(shares) + 1e-9)
+        texts = [f"{name} (published)", *(f"{share:.3f}" for share in shares)]
+        ranked["full size"].append((shares[-1], texts))
+    for method, by_shots in scores.items():
+        cells = dict(by_shots.get(str(shots), {}))
+        if not cells:
+            continue
+        mean = cells["mean"]["correct"]
+        # a mean over fewer tasks cannot be compared
+        if len(cells) < len(columns):
+            mean = 0
+            del cells["mean"]
+        texts = [with_interval(cells[c], "correct") if c in cells else "" for c in columns]
+        scale = scale_of(args, method)
+        ranked.setdefault(scale, []).append((mean, [f"{method} (this run)", *texts]))
+        ours.add(scale)
     tables = []
-    head = ["", *(TASKS[task][0] for task in COLUMNS), "mean"]
-    for shots in args.shots:
-        ranked = {"full size": [(f"{name} (published)", [*map(float, text.split()), np.mean([*map(float, text.split())]) + 1e-9], None)  # .0575 is .058
-                                for name, text in PUBLISHED.get(shots, {}).items()]}
-        for method, by_shots in scores.items():
-            if cells := by_shots.get(str(shots)):
-                complete = all(name in cells for name in head[1:-1])  # a mean over fewer tasks is no mean to be ranked by
-                values = [cells[name]["correct"] if name in cells and (name != "mean" or complete) else None for name in head[1:]]
-                ranked.setdefault(scale_of(args, method), []).append((f"{method} (this run)", values, cells))
-        for scale, rows in reversed(ranked.items()):
-            rows.sort(key=lambda row: -(row[1][-1] or 0))
-            text = [[name, *("" if value is None else f"{value:.3f}" + (" [{:.2f}, {:.2f}]".format(*cells[column]["correct_95"]) if cells else "")
-                             for value, column in zip(values, head[1:]))] for name, values, cells in rows]
-            tables.append((f"{shots}-shot, {scale}: correct by the {names[args.judge[0]] if any(r[2] for r in rows) else 'benchmark’s VLM judge'}"
-                           + (" [95 % interval]" if any(r[2] for r in rows) else ""), [head, *text]))
-    some = next(iter(next(iter(scores.values())).values()))["mean"]
-    metrics = [key for key in some if f"{key}_95" in some]
-    tables.append(("All metrics, mean over the tasks that were run [95 % interval]", [["", "shots", "scale", "tasks", "n", "missing", *metrics]] + [
-        [method, shots, scale_of(args, method), str(len(cells) - 1), str(cells["mean"]["n"]), str(cells["mean"]["missing"]),
-         *("{:.3f} [{:.2f}, {:.2f}]".format(cells["mean"][m], *cells["mean"][f"{m}_95"]) for m in metrics)]
-        for method, by_shots in scores.items() for shots, cells in by_shots.items()]))
-    tables.append(("The judges themselves on the 500 reference pictures: a judge that cannot score these cannot score us",
-                   [["", *next(iter(accuracy.values()))]] + [[names[name], *(f"{v:.3f}" for v in shares.values())] for name, shares in accuracy.items()]))
+    for scale, rows in reversed(ranked.items()):
+        judge = "benchmark’s VLM judge"
+        if scale in ours:
+            judge = f"{args.judge[0].upper()} judge [95 % interval]"
+        rows.sort(key=lambda row: -row[0])
+        tables.append((f"{shots}-shot, {scale}: correct by the {judge}",
+                       [["", *columns], *(texts for _, texts in rows)]))
     return tables
 
 
+def make_tables(args, scores, accuracy):
+    """[(title, [header, row, ...] of texts)]: comparisons, all metrics, and the judges."""
+    tables = [table for shots in args.shots for table in comparison_tables(args, scores, shots)]
+    rows = []
+    for method, shots in ((method, shots) for method, group in scores.items() for shots in group):
+        cells = scores[method][shots]
+        mean = cells["mean"]
+        metrics = [key for key in mean if f"{key}_95" in mean]
+        counts = map(str, (len(cells) - 1, mean["n"], mean["missing"]))
+        rows.append([method, shots, scale_of(args, method), *counts,
+                     *(with_interval(mean, metric) for metric in metrics)])
+    head = ["", "shots", "scale", "tasks", "n", "missing", *metrics]
+    tables.append(("All metrics, mean over the tasks that were run [95 % interval]", [head, *rows]))
+    rows = [["", *accuracy[args.judge[0]]]]
+    for judge, shares in accuracy.items():
+        rows.append([f"{judge.upper()} judge", *(f"{share:.3f}" for share in shares.values())])
+    tables.append(("The judges themselves on the 500 reference pictures", rows))
+    return tables
+
+
+def markdown_table(head, *rows):
+    head, *lines = ["| " + " | ".join(cells) + " |" for cells in (head, *rows)]
+    return "\n".join([head, "|" + "---|" * (head.count("|") - 1), *lines])
+
+
 def table(args):
-    """`table`: results.csv, results.json, results.md, judges.json, report.html and contact_sheet.png from the verdicts."""
+    """`table`: results.csv, .json and .md, judges.json, report.html and contact_sheet.png."""
     if torchrun_ranks()[0]:
         return
-    need_references(args, {name for p in chosen(args) for name in p.pictures})
-    rows, accuracy = make_rows(args)
+    need_references(args, {name for p in selected_prompts(args) for name in p.pictures})
+    rows, accuracy = result_rows(args)
     scores = score(rows, args.judge[0])
     tables = make_tables(args, scores, accuracy)
-    sheet = io.StringIO(newline="")
-    writer = csv.DictWriter(sheet, list(rows[0]))
-    writer.writeheader(), writer.writerows(rows)
-    bad = [f"{row['method']} {row['shots']}-shot {row['task']} {row['name']}: {row['picture']}" for row in rows if row["picture"] != "ok"]
-    bad_title = f"{len(bad)} missing or broken pictures, counted as wrong"
-    bad = bad[:LISTED] + [f"and {len(bad) - LISTED} more, see results.csv"] * (len(bad) > LISTED)
-    text = "\n\n".join(f"### {title}\n\n" + "\n".join("| " + " | ".join(line) + " |" + ("\n|" + "---|" * len(line)) * (i == 0) for i, line in enumerate(lines))
-                       for title, lines in tables)
+    text = "\n\n".join(f"### {title}\n\n{markdown_table(*lines)}" for title, lines in tables)
+    bad = [f"{row['method']} {row['shots']}-shot {row['task']} {row['name']}: {row['picture']}"
+           for row in rows if row["picture"] != "ok"]
     if bad:
-        text += f"\n\n### {bad_title}\n\n" + "\n".join(f"- {line}" for line in bad)
-        tables.append((bad_title, [["picture"], *([line] for line in bad)]))
-    write_atomically(args.out / "results.csv", sheet.getvalue())
+        title = f"{len(bad)} missing or broken pictures, counted as wrong (all: results.csv)"
+        bad = bad[:50]
+        text += f"\n\n### {title}\n\n" + "\n".join(f"- {line}" for line in bad)
+        tables.append((title, [["picture"], *([line] for line in bad)]))
+    write_csv(args.out / "results.csv", rows[0], [row.values() for row in rows])
     write_json(args.out / "results.json", scores)
     write_json(args.out / "judges.json", accuracy)
     write_atomically(args.out / "results.md", text + "\n")
@@ -525,224 +848,165 @@ def table(args):
     print(text + f"\n\n{args.out / 'report.html'}")
 
 
-# ---------------------------------------------------------------- report
-COLORS = ("#2563a8", "#d0812b", "#4d9a57", "#8c5aa6", "#777777")
-PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>CoBSAT</title>
-<style>
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 1240px; padding: 0 1em; color: #222 }
-table { border-collapse: collapse; font-size: 13px; display: block; overflow-x: auto } th, td { padding: 3px 8px; border-bottom: 1px solid #ddd; text-align: left; white-space: nowrap }
-h1 { font-size: 24px } h2 { font-size: 17px; margin: 1.6em 0 .4em } svg { max-width: 100%; height: auto } select { font: inherit; margin: 0 1em 0 .3em }
-.card { border: 1px solid #ddd; border-radius: 6px; padding: 8px 10px; margin: 8px 0; display: flex; flex-wrap: wrap; gap: 10px; align-items: flex-start }
-figure { margin: 0; width: 112px; font-size: 12px } figure img, .none { width: 112px; height: 112px; display: block; object-fit: contain; background: #eee }
-.next { text-align: center; font-weight: 600; padding-top: 44px; width: 84px } .drawn { width: 190px; padding-left: 10px; border-left: 3px solid #c33 } .drawn.right { border-color: #2a9d4a }
-.yes { color: #1c7c37 } .no { color: #b3261e } .said { color: #555; font-style: italic } .none { text-align: center; line-height: 112px }
-</style>
-<h1>CoBSAT: context in, next picture out</h1>
-@@TABLES@@
-<h2>Pictures</h2>
-<p>Show <label>task<select id="task"></select></label><label>shots<select id="shots"></select></label><label>method<select id="method"></select></label>
-<label>pictures<select id="show"><option>all<option>right<option>wrong<option>judges disagree</select></label><span id="count"></span></p>
-<div id="gallery"></div>
-<script type="application/json" id="data">@@DATA@@</script>
-<script>
-const data = JSON.parse(document.getElementById("data").textContent), $ = id => document.getElementById(id)
-const el = (parent, tag, text, cls) => { const e = document.createElement(tag); e.textContent = text || ""; e.className = cls || ""; parent.append(e); return e }
-const picture = (parent, src) => { if (src) el(parent, "img").src = src; else el(parent, "div", "no picture", "none") }
-el($("task"), "option", "first of every task")
-data.tasks.forEach(t => el($("task"), "option", t)); data.shots.forEach(s => el($("shots"), "option", s)); data.methods.forEach(m => el($("method"), "option", m))
-function draw() {
-  const [task, shots, method, show] = ["task", "shots", "method", "show"].map(id => $(id).value), every = $("task").selectedIndex == 0
-  $("gallery").replaceChildren(); let count = 0
-  data.tasks.filter(t => every || t == task).forEach(t => {
-    const fits = data.cards.filter(c => { const d = c.drawn[method]; return c.task == t && c.shots == shots && d &&
-      (show == "all" || show == "right" && d.right || show == "wrong" && !d.right || show == "judges disagree" && d.disagree) })
-    el($("gallery"), "h2", t + " (" + fits.length + ")"); count += fits.length
-    fits.slice(0, every ? 3 : fits.length).forEach(c => {
-      const card = el($("gallery"), "div", "", "card"); card.title = c.name
-      c.pictures.forEach((p, i) => { const f = el(card, "figure"); picture(f, data.references[p]); el(f, "figcaption", "Word " + (i + 1) + ": " + c.words[i]) })
-      el(card, "div", "Word " + c.words.length + ": " + c.words.at(-1) + " → " + c.wanted, "next")
-      Object.entries(c.drawn).sort((a, b) => (b[0] == method) - (a[0] == method)).forEach(([name, d]) => {
-        const f = el(card, "figure", "", "drawn" + (d.right ? " right" : "")); picture(f, d.picture); el(f, "b", name)
-        el(f, "div", d.said, "said")
-        Object.entries(d.judges).forEach(([j, [right, says]]) => el(f, "div", (right ? "✓ " : "✗ ") + j + ": " + says, right ? "yes" : "no")) }) })
-  })
-  $("count").textContent = count + " prompts"
-}
-document.querySelectorAll("select").forEach(s => s.onchange = draw); draw()
-</script>
-</html>
-"""
-
-
-def data_url(file, side=128):
-    """A picture as a data: URL, at most `side` px long; None if it cannot be read."""
+# ---------------------------------------------------------------- report and contact sheet
+def try_open(file):
+    """An image, or None if it is missing or broken."""
     try:
-        image = open_image(file)
+        return open_image(file)
     except UserError:
         return None
-    image.thumbnail((side, side))
-    jpeg = io.BytesIO()
-    image.save(jpeg, "JPEG", quality=90)
-    return "data:image/jpeg;base64," + base64.b64encode(jpeg.getvalue()).decode()
 
 
-def bar_chart(scores, shots):
-    """An inline SVG: for each task and for the mean, a bar a method with its 95 % interval."""
-    names = [task for task in [*(TASKS[t][0] for t in COLUMNS), "mean"] if any(task in by.get(shots, {}) for by in scores.values())]
-    methods = [method for method in scores if shots in scores[method]]
-    wide, high, margin = 1180, 240, 34  # the margin keeps the scale's numbers clear of the bars
-    step = (wide - margin) / len(names)
-    bar = min(60, step * 0.8 / len(methods))
-    y = lambda share: 20 + high * (1 - share)
-    out = [f'<text x="4" y="{y(s) - 3}" fill="#777">{s}</text><line x1="0" x2="{wide}" y1="{y(s)}" y2="{y(s)}" stroke="#ddd"/>' for s in (0, 0.25, 0.5, 0.75, 1)]
-    for i, name in enumerate(names):
-        left = margin + step * (i + 0.5) - bar * len(methods) / 2
-        out.append(f'<text x="{left + bar * len(methods) / 2}" y="{high + 38}" text-anchor="middle">{name}</text>')
-        for j, method in enumerate(methods):
-            if cell := scores[method][shots].get(name):
-                x, (low, up) = left + j * bar, cell["correct_95"]
-                out.append(f'<rect x="{x}" y="{y(cell["correct"])}" width="{bar * 0.92}" height="{high * cell["correct"]}" fill="{COLORS[j % len(COLORS)]}">'
-                           f'<title>{html.escape(method)} {name}: {cell["correct"]:.3f} [{low:.3f}, {up:.3f}]</title></rect>'
-                           f'<line x1="{x + bar * 0.46}" x2="{x + bar * 0.46}" y1="{y(low)}" y2="{y(up)}" stroke="#222"/>')
-    legend = "".join(f'<tspan fill="{COLORS[j % len(COLORS)]}" dx="12">■ {html.escape(method)}</tspan>' for j, method in enumerate(methods))
-    return f'<svg viewBox="0 0 {wide} {high + 70}" width="{wide}" font-size="12" role="img">{"".join(out)}<text x="0" y="{high + 62}">{legend}</text></svg>'
+def data_url(file):
+    """An image as a data: URL, at most 128 px long; None if it cannot be read."""
+    image = try_open(file)
+    if image:
+        image.thumbnail((128, 128))
+        jpeg = io.BytesIO()
+        image.save(jpeg, "JPEG", quality=90)
+        return "data:image/jpeg;base64," + base64.b64encode(jpeg.getvalue()).decode()
+
+
+def gallery_card(args, p, rows):
+    """What the page shows of a prompt. rows: those of results.csv about it."""
+    drawn = {}
+    for row in rows:
+        file = image_file(args, row["method"], p)
+        judges = {}
+        for judge in args.judge:
+            right = row["correct" if judge == args.judge[0] else f"{judge}_correct"]
+            judges[judge] = [right, row[f"{judge}_says"] or row["picture"]]
+        drawn[row["method"]] = {
+            "picture": data_url(file), "right": row["correct"], "judges": judges,
+            "said": read_json(file.with_suffix(".json")).get("description", ""),
+            "disagree": row.get("agree") == 0}
+    return {"task": TASKS[p.task].name, "shots": str(p.shots), "name": p.name, "words": p.words,
+            "pictures": p.pictures, "wanted": wanted_text(p.answer), "drawn": drawn}
 
 
 def write_report(args, rows, scores, tables):
-    """report.html: tables, bars and a gallery of the first --gallery prompts of each task, in one file that needs no other."""
-    parts = [f"<p>Drawn at: {html.escape(', '.join(f'{m}: {scale_of(args, m)}' for m in scores))}. Miniature and full size are different worlds: "
-             "they are never in one ranking.</p>"]
-    parts += [f"<h2>{shots}-shot, correct, a bar a method</h2>{bar_chart(scores, str(shots))}" for shots in args.shots
-              if any(str(shots) in by for by in scores.values())]
-    for title, (head, *lines) in tables:
-        cells = lambda tag, line: "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in line) + "</tr>"
-        parts.append(f"<h2>{html.escape(title)}</h2><table>{cells('th', head)}{''.join(cells('td', line) for line in lines)}</table>")
+    """report.html: tables, bar charts and a gallery of the first --gallery prompts of each task,
+    in one file that needs no other. cobsat_report.html lays the data out."""
     by_prompt = {}
     for row in rows:
-        by_prompt.setdefault((row["task_id"], row["shots"], row["name"]), {})[row["method"]] = row
-    cards = []
-    for p in tqdm([p for p in chosen(args) if p.number < args.gallery], "report", unit="prompt"):
-        card = {"task": TASKS[p.task][0], "shots": str(p.shots), "name": p.name, "words": p.words, "pictures": p.pictures,
-                "wanted": f"{shown(p.answer[1])} {p.answer[2]}", "drawn": {}}
-        for method, row in by_prompt.get((p.task, p.shots, p.name), {}).items():
-            file = picture_file(args, method, p)
-            said = json.loads(file.with_suffix(".json").read_text()).get("description") if file.with_suffix(".json").exists() else ""
-            right = {name: row["correct" if name == args.judge[0] else f"{name}_correct"] for name in args.judge}
-            card["drawn"][method] = {"picture": data_url(file), "said": said, "right": row["correct"], "disagree": len(set(right.values())) > 1,
-                                     "judges": {name: [right[name], row[f"{name}_says"] or row["picture"]] for name in args.judge}}
-        cards.append(card)
-    data = {"tasks": [TASKS[task][0] for task in args.tasks], "shots": [str(shots) for shots in args.shots], "methods": list(scores), "cards": cards,
-            "references": {name: data_url(args.images / name) for name in sorted({name for card in cards for name in card["pictures"]})}}
-    write_atomically(args.out / "report.html", PAGE.replace("@@TABLES@@", "\n".join(parts)).replace(
-        "@@DATA@@", json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")))
+        key = row["task_id"], row["shots"], row["name"]
+        by_prompt.setdefault(key, []).append(row)
+    shown = [p for p in selected_prompts(args) if p.number < args.gallery]
+    data = {
+        "tasks": [TASKS[task].name for task in args.tasks],
+        "columns": [*COLUMNS, "mean"],
+        "shots": [str(shots) for shots in args.shots],
+        "methods": {method: scale_of(args, method) for method in scores},
+        "scores": scores,
+        "tables": tables,
+        "cards": [gallery_card(args, p, by_prompt.get((p.task, p.shots, p.name), []))
+                  for p in tqdm(shown, "report", unit="prompt")],
+        "references": {name: data_url(args.images / name)
+                       for name in sorted({name for p in shown for name in p.pictures})},
+    }
+    # "<" could end the script element that holds the data
+    data = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")
+    page = (REPO / "cobsat_report.html").read_text(encoding="utf-8")
+    write_atomically(args.out / "report.html", page.replace("@@DATA@@", data))
 
 
 def write_contact_sheet(args, methods):
-    """contact_sheet.png: the first prompt of each task, not a chosen one, in a row as in the paper's Fig. 5: context, question, answers."""
-    shots, side, text = min(args.shots), 128, 22
-    columns = shots + 1 + len(methods)
-    sheet = Image.new("RGB", (columns * (side + 8) + 8, len(args.tasks) * (side + text + 10) + 8), "white")
+    """contact_sheet.png: the first prompt of each task, as in the paper's Fig. 5; from six tasks
+    on in two columns."""
+    shots, side = min(args.shots), 128
+    width, height = side + 8, side + 32
+    blocks = 1 + (len(args.tasks) > 5)
+    n_rows, block = -(-len(args.tasks) // blocks), 24 + width * (shots + 1 + len(methods))
+    sheet = Image.new("RGB", (block * blocks - 16, 8 + height * n_rows), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
-    for row, task in enumerate(args.tasks):
-        p, top = prompts(task, shots)[0], 8 + row * (side + text + 10)
-        files = [args.images / name for name in p.pictures] + [None] + [picture_file(args, method, p) for method in methods]
-        for column, (file, label) in enumerate(zip(files, [*p.words, *methods])):
-            left = 8 + column * (side + 8)
-            try:
-                if file:
-                    sheet.paste(open_image(file).resize((side, side)), (left, top + text))
-                else:
-                    pen.multiline_text((left + side / 2, top + text + side / 2), f"{TASKS[task][0]}\n\nwanted:\n{shown(p.answer[1])} {p.answer[2]}", "#b3261e",
-                                       font, anchor="mm", align="center")
-            except UserError:
-                pen.text((left + side / 2, top + text + side / 2), "no picture", "#777777", font, anchor="mm")
-            pen.text((left, top), label + (", ?" if not file else ""), "black", font)
-    write_atomically(args.out / "contact_sheet.png", lambda temporary: sheet.save(temporary, "PNG"))
+    for i_task, task in enumerate(args.tasks):
+        p = prompts(task, shots)[0]
+        wanted = f"{TASKS[task].name}\n\nwanted:\n{wanted_text(p.answer)}"
+        # (label, image file, text where there is no image)
+        cells = [(p.words[i], args.images / p.pictures[i], "") for i in range(shots)]
+        cells.append((p.words[-1] + ", ?", None, wanted))
+        cells += [(method, image_file(args, method, p), "no picture") for method in methods]
+        for column, (label, file, text) in enumerate(cells):
+            left = 8 + block * (i_task // n_rows) + width * column
+            top = 8 + height * (i_task % n_rows)
+            pen.text((left, top), label, "black", font)
+            image = file and try_open(file)
+            if image:
+                sheet.paste(image.resize((side, side)), (left, top + 22))
+            else:
+                middle = (left + side / 2, top + 22 + side / 2)
+                pen.text(middle, text, "#b3261e", font, anchor="mm", align="center")
+    write_atomically(args.out / "contact_sheet.png", functools.partial(sheet.save, format="PNG"))
 
 
 # ---------------------------------------------------------------- command line
 def run_all(args):
     """`run`: generate, judge and table; a rank goes on when the others have made what it needs."""
     generate(args)
-    items = chosen(args)
-    wait_until(lambda: all(drawn(args, method, p) for method in args.method for p in items))
+    items = list(itertools.product(args.method, selected_prompts(args)))
+    wait_until(lambda: all(is_complete(args, method, p) for method, p in items))
     args.models = args.method
     judge(args)
     if torchrun_ranks()[0] == 0:
-        wait_until(lambda: all(key in verdicts for file, _, pictures in rounds(args) for name in args.judge
-                               for verdicts in [read_verdicts(args, name, file)] for key, _, _ in pictures))
+        wait_until(lambda: not unjudged(args))
         table(args)
 
 
-def task_id(text):
-    """An argparse type: a task's number, or `all`."""
-    if text != "all" and int(text) not in TASKS:
-        raise argparse.ArgumentTypeError(f"{text} is none of 1..10")
-    return text if text == "all" else int(text)
-
-
-def shot_count(text):
-    """An argparse type: demonstrations a prompt; the benchmark's lists of ten allow up to eight."""
-    if not 1 <= int(text) <= 8:
-        raise argparse.ArgumentTypeError(f"{text} is not in 1..8")
-    return int(text)
+# {subcommands: their flags, as rows of add_flags}
+FLAGS = {
+    "run generate judge table": [
+        ("--images", Path, Path("data/cobsat"), Path("data/cobsat"),
+         "folder that holds CoBSAT's `datasets` folder"),
+        ("--shots", tuple("12345678"), ["2", "4"], ["2", "4"], "demonstrations in a prompt"),
+        ("--tasks", ("all", *map(str, TASKS)), ["all"], ["all"], "1..10, or all"),
+        ("--limit", positive, 1000, 100, "prompts of each task and shot count"),
+        ("--scale", ("full size", "miniature"), "full size", "miniature",
+         "ranking for results without settings.json"),
+    ],
+    "run generate": [
+        ("--out", Path, Path("results/full"), Path("results/mini"), "folder of results"),
+        ("--method", tuple(METHODS), METHODS[:1], METHODS[:1], "what to evaluate"),
+        *MODEL_FLAGS["lvlm"],
+        *(row for row in INFERENCE if row[0] in ("--max-new-tokens", "--size", "--t5-length")),
+        *FLUX_FLAGS,
+    ],
+    "run generate judge": [
+        ("--overwrite", bool, False, False, "delete what was made with other settings"),
+        ("--batch-size", positive, 8, 32, "prompts or images computed together"),
+    ],
+    "judge table": [
+        ("--results", Path, Path("results/full"), Path("results/mini"), "folder of results"),
+        ("--models", str, [], [], "methods or other projects' models; default: all there are"),
+    ],
+    "run judge table": [
+        ("--judge", tuple(JUDGES), JUDGES, JUDGES, "the first is the primary judge"),
+    ],
+    "run judge": [
+        ("--judge-vlm", str, MODELS["judge-vlm"], MINI["vlm"], "image-text-to-text model"),
+        ("--judge-clip", str, MODELS["judge-clip"], MINI["clip"], "CLIP path or hub name"),
+    ],
+    "run table": [
+        ("--gallery", positive, 100, 100, "prompts of each task and shot count in report.html"),
+    ],
+}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, function, about in (("run", run_all, "generate, judge and table in one go"), ("generate", generate, "draw the answers"),
-                                  ("judge", judge, "judge pictures in the benchmark's layout"), ("table", table, "tables and report from the verdicts")):
-        p = commands.add_parser(name, help=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        p.set_defaults(run=function, models=None)
-        draws, judges = name in ("run", "generate"), name in ("run", "judge")
-        p.add_argument("--images", type=Path, default=Path("data/cobsat"), help="folder that holds the benchmark's `datasets` folder of reference pictures")
-        p.add_argument("--out" if draws else "--results", dest="out", type=Path, default=Path("results/full"), help="folder of results, see above")
-        p.add_argument("--shots", type=shot_count, nargs="+", default=[2, 4], help="demonstrations in a prompt")
-        p.add_argument("--tasks", type=task_id, nargs="+", default=["all"], help="1..10, or all")
-        p.add_argument("--limit", type=positive, default=1000, help="the first so many prompts of each task and shot count")
-        p.add_argument("--scale", choices=("full size", "miniature"), default="full size", help="which ranking the results belong to"
-                       + ("" if draws else " (only for folders without settings.json)"))
-        if name != "table":
-            p.add_argument("--overwrite", action="store_true", help="where settings have changed, make what depends on them anew")
-            p.add_argument("--batch-size", type=positive, default=8, help="prompts or pictures computed together")
-        if draws:
-            p.add_argument("--method", nargs="+", choices=("thinkdiff", "relay", "oracle"), default=["thinkdiff"], help="relay: the VLM's words through T5; "
-                           "oracle: the true answer through T5")
-            p.add_argument("--vlm", default=MODELS["vlm"], help="Qwen2-VL path or hub name")
-            p.add_argument("--aligner", default="runs/lvlm/aligner", help="folder, hub name, or the authors' thinkdiff_lvlm.pth")
-            p.add_argument("--flux", default=MODELS["flux"], help="FLUX path or hub name")
-            p.add_argument("--max-new-tokens", type=positive, default=128, help="longest answer of the VLM (it answers greedily)")
-            p.add_argument("--seed", type=int, default=0, help="of the noise of prompt 0 of each task; the next ones count up")
-            p.add_argument("--steps", type=positive, default=28, help="FLUX steps")
-            p.add_argument("--guidance", type=float, default=3.5, help="FLUX's distilled guidance (the miniature FLUX has none and ignores it)")
-            p.add_argument("--true-cfg", type=float, default=1.0, help="classifier-free guidance away from the empty prompt, at twice the cost; 1: none, as "
-                           "FLUX.1-dev has its guidance built in")
-            p.add_argument("--size", type=positive, default=512, help="px")
-            p.add_argument("--t5-length", type=positive, default=512, help="only for relay and oracle: T5 tokens the words are padded to")
-            drawing_flags(p)
-        elif name != "run":
-            p.add_argument("--models", nargs="+", help="the models to take, folder names without `_image` (default: all there are)")
-        if name != "generate":
-            p.add_argument("--judge", nargs="+", choices=("vlm", "clip"), default=["vlm", "clip"], help="the first one's verdict is `correct`")
-        if judges:
-            p.add_argument("--judge-vlm", default=MODELS["judge-vlm"], help="any image-text-to-text model: path or hub name")
-            p.add_argument("--judge-clip", default=MODELS["judge-clip"], help="CLIP path or hub name")
-        if name in ("run", "table"):
-            p.add_argument("--gallery", type=positive, default=100, help="prompts of each task and shot count shown in report.html")
-        mini = {"out": Path("results/mini"), "scale": "miniature", "limit": 100, "batch_size": 32, "vlm": MINI["vlm"], "flux": MINI["flux"],
-                "aligner": MINI["aligner"], "size": 64, "true_cfg": 3.0, "t5_length": 48, "judge_vlm": MINI["vlm"], "judge_clip": MINI["clip"]}
-        mini_flag(p, **mini)
-
+    for name, run in {"run": run_all, "generate": generate, "judge": judge, "table": table}.items():
+        rows = [row for names, rows in FLAGS.items() if name in names.split() for row in rows]
+        p = add_command(commands, name, run, run.__doc__.splitlines()[0], rows)
+        if run in (run_all, generate):
+            add_pipeline_flags(p)
     args = parser.parse_args()
-    args.tasks = sorted(TASKS if "all" in args.tasks else set(args.tasks))
-    args.shots = sorted(set(args.shots))
-    for several in ("method", "judge"):
-        if hasattr(args, several):
-            setattr(args, several, list(dict.fromkeys(getattr(args, several))))
+    if "results" in args:
+        args.out = args.results
+    args.shots = sorted({int(shots) for shots in args.shots})
+    args.tasks = sorted(TASKS if "all" in args.tasks else {int(task) for task in args.tasks})
     args.run(args)
 
 
 if __name__ == "__main__":
-    run(main)
+    cli_main(main)

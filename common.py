@@ -1,4 +1,5 @@
-"""What every script shares: model paths, one clear line per user error, pictures of any kind, files that are never half written."""
+"""What every script shares: model paths, flags, one-line errors, devices and processes, loading
+parts of checkpoints, atomic files, the bookkeeping of a training run (checkpoints, resume, log)."""
 import argparse
 import contextlib
 import csv
@@ -6,30 +7,38 @@ import errno
 import io
 import json
 import os
+import shutil
 import sys
+import time
 import traceback
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 from transformers.utils import cached_file, has_file
 
-# ---------------------------------------------------------------- models
+# -------------------------------------------------------------------------- models and flags
 REPO = Path(__file__).resolve().parent
-MODELS = {"vlm": "Qwen/Qwen2-VL-7B-Instruct", "t5": "google/flan-t5-xxl", "flux": "black-forest-labs/FLUX.1-dev",
-          "clip": "Salesforce/blip2-flan-t5-xxl", "cogvideox": "THUDM/CogVideoX-5b", "judge-vlm": "llava-hf/llava-1.5-13b-hf",
-          "judge-clip": "openai/clip-vit-base-patch32"}
-MINI = {"vlm": f"{REPO}/mini/qwen2-vl", "t5": f"{REPO}/mini/t5", "flux": f"{REPO}/mini/flux", "aligner": f"{REPO}/mini/aligner-lvlm",
-        "clip": f"{REPO}/mini/clip", "aligner-clip": f"{REPO}/mini/aligner-clip"}
-
-
-def mini_flag(parser, **defaults):
-    """Adds `--mini`, which does nothing but replace the parser's defaults by these: flags that are given still win. Call it last."""
-    parser.add_argument("--mini", action="store_true", help="use the miniature's models (with --help: show its defaults)")
-    if "--mini" in sys.argv[1:]:
-        parser.set_defaults(**defaults)
+EXAMPLE = REPO / "miniature/example"
+MODELS = {
+    "vlm": "Qwen/Qwen2-VL-7B-Instruct",
+    "t5": "google/flan-t5-xxl",
+    "flux": "black-forest-labs/FLUX.1-dev",
+    "clip": "Salesforce/blip2-flan-t5-xxl",
+    "cogvideox": "THUDM/CogVideoX-5b",
+    "judge-vlm": "llava-hf/llava-1.5-13b-hf",
+    "judge-clip": "openai/clip-vit-base-patch32",
+}
+MINI = {
+    flag: f"{REPO}/miniature/weights/{folder}"
+    for flag, folder in {
+        "vlm": "qwen2-vl", "t5": "t5", "flux": "flux", "clip": "clip",
+        "aligner": "aligner-lvlm", "aligner-clip": "aligner-clip",
+    }.items()
+}
 
 
 def positive(text):
@@ -40,169 +49,260 @@ def positive(text):
     return number
 
 
-@contextlib.contextmanager
-def loading(path):
-    """Around what loads a model from a folder or the hub: one that cannot be had is a UserError that says what to do."""
-    if str(path).startswith((".", "/", "~")) and not os.path.isdir(path):
-        raise UserError(f"{path} is no folder: give the folder of a model, or its name on the hub")
-    try:
-        yield
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"cannot load {path}: {first_line(error)} Check the name, log in with `hf auth login` and accept the licence if "
-                        "the model is gated (FLUX.1-dev is), or give the folder of a local copy.") from error
+# flag, type, full size, miniature, help
+T5_FLAG = ("--t5", str, MODELS["t5"], MINI["t5"], "path or hub name of a T5 encoder-decoder")
+MODEL_FLAGS = {
+    "lvlm": [
+        ("--vlm", str, MODELS["vlm"], MINI["vlm"], "path or hub name of a Qwen-VL"),
+        ("--aligner", str, "runs/lvlm/aligner", MINI["aligner"],
+         "folder, hub name, or the authors' thinkdiff_lvlm.pth")],
+    "clip": [
+        ("--vlm", str, MODELS["clip"], MINI["clip"],
+         "path or hub name of a BLIP-2 or CLIP, whose vision tower is used"),
+        ("--aligner", str, "runs/clip/aligner", MINI["aligner-clip"],
+         "folder, hub name, or the authors' thinkdiff_clip.pth")],
+}
+# Flags of `train` that do not belong to the method; those that do stand in the variants.
+RUN_FLAGS = [
+    ("--resume", bool, False, False,
+     "resume from the last checkpoint in --out, bit for bit as if never stopped"),
+    ("--workers", positive, 8, 2, "threads of a process that read samples ahead"),
+    ("--held-out", positive, 512, 512, "samples kept for the held-out loss (at most a tenth)"),
+    ("--log-every", positive, 10, 10, "steps between rows of log.csv"),
+    ("--eval-every", positive, 500, 100, "steps between held-out losses"),
+    ("--save-every", positive, 500, 100, "steps between checkpoints"),
+    ("--keep", positive, 2, 2, "checkpoints kept"),
+    ("--compile", bool, False, False,
+     "torch.compile the frozen models: faster steps, slow start, the loss changes by rounding"),
+    ("--seed", int, 0, 0, "seed of the initialisation, the order of samples and the splits"),
+]
 
 
-def pretrained(cls, path, **kwargs):
-    """`cls.from_pretrained(path, **kwargs)`; a model that cannot be had is a UserError that says what to do."""
-    with loading(path):
-        return cls.from_pretrained(path, **kwargs)
+def add_flags(parser, rows):
+    """Adds one argument for each row (flag, type, full-size default, miniature default, help).
+
+    type: bool is a switch, a tuple lists the choices; a list as default takes several values.
+    `--mini` on the command line selects the second default; flags that are given win."""
+    for flag, kind, full, mini, text in rows:
+        default = mini if is_mini() else full
+        if kind is bool:
+            parser.add_argument(flag, action="store_true", help=text)
+        else:
+            nargs = "+" if isinstance(full, list) else None
+            allowed = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
+            parser.add_argument(flag, nargs=nargs, default=default, help=text, **allowed)
 
 
-def t5_decoder(name):
-    """Of T5's tensors those that training the aligner on the VLM's features reads: all but the encoder's blocks."""
-    return not name.startswith("encoder.block.")
+def is_mini():
+    """Whether `--mini` is on the command line, which only replaces defaults."""
+    return "--mini" in sys.argv[1:]
 
 
-def vision_tower(name):
-    """Of BLIP-2's or a CLIP's tensors those of the vision tower."""
-    return name.startswith("vision_model.")
+def add_command(commands, name, run, about, rows, **defaults):
+    """A subcommand with the flags `rows` and --mini; its help shows the defaults."""
+    # no abbreviations: --min would be taken for --mini, but with the full-size defaults
+    parser = commands.add_parser(name, help=about, description=about, allow_abbrev=False,
+                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--mini", action="store_true",
+                        help="use the miniature's models (with --help: show its defaults)")
+    add_flags(parser, rows)
+    parser.set_defaults(run=run, **defaults)
+    return parser
 
 
-def weight_files(path, wanted):
-    """Names of a model's safetensors files that hold a tensor whose name wanted(name) accepts. Fetches no more than the shard index.
-
-    A model without an index is one file: ["model.safetensors"]. path: folder or hub name; raises UserError if it cannot be had."""
-    with loading(path):
-        # offline, a file that is not in the cache may be one that does not exist: that is an error only when no file is left
-        index = cached_file(path, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
-        shards = json.loads(Path(index).read_text())["weight_map"] if index else {"": "model.safetensors"}
-        return sorted({file for name, file in shards.items() if wanted(name) or not index})
+# flags of earlier versions, and what to do instead
+REMOVED_FLAGS = {
+    "--sample-every": "draw from a checkpoint with `explain --aligner OUT/checkpoint-STEP`",
+}
 
 
-def part_weights(path, wanted, dtype=None):
-    """{name: tensor} of a model's tensors whose names wanted(name) accepts, in `dtype` (None: as stored), on the CPU.
-
-    Only the shards that hold one are fetched and read, and each tensor is converted as it is read, so that no more memory is needed than the
-    result takes. path: folder or hub name. Raises UserError if it cannot be had or has no safetensors."""
-    weights, files = {}, weight_files(path, wanted)
-    with loading(path):
-        pickles = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-        if files == ["model.safetensors"] and not has_file(path, files[0]) and any(has_file(path, file) for file in pickles):
-            raise UserError(f"{path} has only pytorch_model.bin, a pickle of which no part can be read: open it once in transformers with "
-                            "`from_pretrained`, `save_pretrained` it to a folder and give that folder")
-        for file in [cached_file(path, file) for file in files]:
-            with safe_open(file, "pt") as tensors:
-                for name in filter(wanted, tensors.keys()):
-                    tensor = tensors.get_tensor(name)
-                    weights[name] = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
-    return weights
-
-
-# ---------------------------------------------------------------- errors
+# ------------------------------------------------------------------------------------ errors
 class UserError(Exception):
     """Something the user can put right. Its message is one line that says what to do."""
 
 
 def first_line(error):
-    """The first line of an exception's message with a full stop, or its type where there is none."""
+    """The first line of an exception's message, with a full stop; its type if there is none."""
     line = (str(error).strip() or type(error).__name__).splitlines()[0].strip()
     return line if line.endswith((".", "!", "?")) else line + "."
 
 
-def run(main):
-    """Calls main(); what a user can put right ends as one line on stderr and exit code 1 (Ctrl-C: 130), argparse's own errors as 2.
+ADVICE = {
+    errno.ENOSPC: " Free some space or choose another --out, then run the same command again.",
+    errno.EACCES: " Choose a path that you may read and write.",
+    errno.EROFS: " Choose a path that can be written.",
+}
 
-    THINKDIFF_DEBUG=1 shows the traceback as well."""
-    for library in ("transformers", "diffusers"):  # their warnings are about what these scripts do on purpose, such as leaving out T5's encoder
-        if library in sys.modules:  # prepare_data.py also runs where diffusers is not installed (--backend vllm)
+
+def cli_main(main):
+    """Calls main(). What the user can put right ends as one line on stderr and exit code 1.
+
+    Ctrl-C exits with 130, argparse's own errors with 2. THINKDIFF_DEBUG=1 shows the traceback."""
+    # the libraries warn about what these scripts do on purpose, such as leaving out T5's encoder;
+    # diffusers is not installed everywhere (prepare_data.py --backend vllm)
+    for library in ("transformers", "diffusers"):
+        if library in sys.modules:
             sys.modules[library].utils.logging.set_verbosity_error()
     try:
+        for flag in {arg.split("=")[0] for arg in sys.argv} & REMOVED_FLAGS.keys():
+            raise UserError(f"{flag} was removed: {REMOVED_FLAGS[flag]}")
         return main()
     except KeyboardInterrupt:
         message, code = "interrupted; the same command goes on from what is on disk", 130
     except UserError as error:
         message, code = str(error), 1
     except (torch.OutOfMemoryError, MemoryError) as error:
-        message, code = f"out of memory: use a smaller --batch-size (or --micro-batch). {first_line(error)}", 1
+        advice = "use a smaller --batch-size (or --micro-batch)"
+        message = f"out of memory: {advice}. {first_line(error)}"
+        code = 1
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        advice = {errno.ENOSPC: " Free some space or choose another --out, then run the same command again.",
-                  errno.EACCES: " Choose a path that you may read and write.", errno.EROFS: " Choose a path that can be written."}
-        message, code = f"{where}{first_line(error.strerror or error)}{advice.get(error.errno, '')}", 1
-    except RuntimeError as error:  # torch.distributed has no type of its own for this
+        reason = first_line(error.strerror or error)
+        message, code = f"{where}{reason}{ADVICE.get(error.errno, '')}", 1
+    except RuntimeError as error:
+        # torch.distributed has no exception type of its own for this
         if "EADDRINUSE" not in str(error):
             raise
-        message, code = "the port is in use: start with `torchrun --standalone` (any free port) or another --master-port", 1
+        message = ("the port is in use: start with `torchrun --standalone` (any free port) or "
+                   "another --master-port")
+        code = 1
     if os.environ.get("THINKDIFF_DEBUG") == "1":
         traceback.print_exc()
     print(f"error: {message}", file=sys.stderr)
     sys.exit(code)
 
 
-# ---------------------------------------------------------------- processes and devices
+# ---------------------------------------------------------------------------- loading models
+@contextlib.contextmanager
+def loading(path):
+    """Around code that loads a model from a folder or the hub: failures become a UserError."""
+    if str(path).startswith((".", "/", "~")) and not os.path.isdir(path):
+        raise UserError(f"{path} is no folder: give the folder of a model, or its name on the hub")
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(
+            f"cannot load {path}: {first_line(error)} Check the name, log in with `hf auth login` "
+            "and accept the licence if the model is gated (FLUX.1-dev is), or give the folder of a "
+            "local copy."
+        ) from error
+
+
+def pretrained(cls, path, **kwargs):
+    """`cls.from_pretrained(path, **kwargs)`; raises UserError if the model cannot be loaded."""
+    with loading(path):
+        return cls.from_pretrained(path, **kwargs)
+
+
+def check_loaded(info, path, what):
+    """Raises UserError if weights are missing, which transformers would replace by random ones.
+
+    info: from_pretrained's loading info. what: the model's name in the message."""
+    if info["missing_keys"]:
+        names = ", ".join(sorted(info["missing_keys"])[:4])
+        raise UserError(f"{path} lacks weights of {what}: {names}; download it again")
+
+
+def decoder_tensors(name):
+    """Whether LVLM training needs this tensor of a T5: all but the encoder's blocks."""
+    return not name.startswith("encoder.block.")
+
+
+def vision_tensors(name):
+    """Whether a tensor of a BLIP-2 or a CLIP belongs to the vision tower."""
+    return name.startswith("vision_model.")
+
+
+def weight_files(path, wanted):
+    """Names of the safetensors files that hold a tensor whose name wanted(name) accepts.
+
+    path: folder or hub name; of a hub model only the shard index is fetched. A model without an
+    index is one file, ["model.safetensors"]. Raises UserError if the model cannot be loaded."""
+    with loading(path):
+        # offline, a file that is not in the cache may be one that does not exist
+        index = cached_file(path, "model.safetensors.index.json",
+                            _raise_exceptions_for_missing_entries=False)
+        if not index:
+            return ["model.safetensors"]
+        shards = json.loads(Path(index).read_text())["weight_map"]
+        return sorted({file for name, file in shards.items() if wanted(name)})
+
+
+def part_weights(path, wanted, dtype=None):
+    """{name: tensor} of the tensors whose names wanted(name) accepts, on the CPU.
+
+    Only the shards that hold one are fetched and read. Each tensor is converted to `dtype` (None:
+    as stored) as it is read, so that no more memory is needed than the result takes. path: folder
+    or hub name. Raises UserError if the model cannot be loaded or has no safetensors."""
+    weights, files = {}, weight_files(path, wanted)
+    with loading(path):
+        pickles = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+        if files == ["model.safetensors"] and not has_file(path, files[0]):
+            if any(has_file(path, file) for file in pickles):
+                raise UserError(
+                    f"{path} has only pytorch_model.bin, a pickle of which no part can be read: "
+                    "load it once with transformers, `save_pretrained` it and give that folder")
+        for file in files:
+            with safe_open(cached_file(path, file), "pt") as tensors:
+                for name in filter(wanted, tensors.keys()):
+                    tensor = tensors.get_tensor(name)
+                    convert = dtype and tensor.is_floating_point()
+                    weights[name] = tensor.to(dtype) if convert else tensor
+    return weights
+
+
+# --------------------------------------------------------------------- processes and devices
 def torchrun_ranks():
-    """(rank, number of processes, rank on this machine) as torchrun sets them; (0, 1, 0) without it."""
-    return tuple(int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    """(rank, number of processes, rank on this machine) from torchrun; (0, 1, 0) without it."""
+    names = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    return tuple(int(os.environ.get(name, default)) for name, default in names)
 
 
 def pick_device():
-    """(device, dtype): this process's GPU in bf16 (fp32 where it has no bf16), or the CPU in fp32, where bf16 is slower."""
+    """(device, dtype): this process's GPU in bf16 (fp32 if it has no bf16), or the CPU in fp32."""
     if not torch.cuda.is_available():
         return torch.device("cpu"), torch.float32
     local_rank = torchrun_ranks()[2]
     if local_rank >= torch.cuda.device_count():
-        raise UserError(f"process {local_rank} has no GPU: use torchrun --nproc_per_node {torch.cuda.device_count()}")
+        n_gpus = torch.cuda.device_count()
+        raise UserError(f"process {local_rank} has no GPU: use torchrun --nproc_per_node {n_gpus}")
     torch.cuda.set_device(local_rank)
-    bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.device("cuda", local_rank), torch.bfloat16 if bf16 else torch.float32
+    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.device("cuda", local_rank), torch.bfloat16 if has_bf16 else torch.float32
 
 
-def send(tensors, device):
-    """The tensors on `device`: to a GPU through pinned memory, so that the CPU goes on while they are copied."""
+def to_device(tensors, device):
+    """The tensors on `device`; pinned memory lets the CPU go on while a GPU receives them."""
     if torch.device(device).type != "cuda":
         return [tensor.to(device) for tensor in tensors]
-    return [tensor if tensor.is_cuda else tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors]
+    return [t if t.is_cuda else t.pin_memory().to(device, non_blocking=True) for t in tensors]
 
 
-# ---------------------------------------------------------------- pictures
-MAX_PIXELS = 20_000 * 20_000  # 1.2 GB as RGB: above, a file is more likely an attack than a picture
-Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit is lower; open_image has MAX_PIXELS
+def start_processes(device):
+    """Connects the processes that torchrun has started; nothing to do for one process."""
+    if torchrun_ranks()[1] > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
 
-def open_image(source, name=None, max_side=4096):
-    """The RGB picture in a path, bytes or binary file: upright (EXIF), on white, 16 bit scaled to 8, at most max_side pixels long.
-
-    Raises UserError with `name` (default: the path) if it cannot be read in full."""
-    name = name or (source if isinstance(source, (str, os.PathLike)) else "the picture")
-    try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width} x {image.height} pixels are too many")
-            image.draft(None, (max_side, max_side))  # JPEG only: decodes at a fraction of the size
-            image.thumbnail((max_side, max_side))  # first, because each copy of a huge picture costs gigabytes
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # 16 bit grey; convert() would clip at 255
-                image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return image.convert("RGB")
-    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error, ...
-        unknown = isinstance(error, UnidentifiedImageError)
-        reason = "it is empty or no picture" if unknown else getattr(error, "strerror", None) or first_line(error)
-        raise UserError(f"cannot read {name}: {reason.rstrip('.')}") from error
+def sum_over_processes(*tensors):
+    """Replaces each tensor, in place, by its sum over all processes."""
+    if dist.is_initialized():
+        for tensor in tensors:
+            dist.all_reduce(tensor)
 
 
-# ---------------------------------------------------------------- files
+# ------------------------------------------------------------------------------------- files
 def write_atomically(path, data):
-    """Writes bytes, text or what data(temporary_path) writes, so that `path` is absent, old or complete, whenever the process is killed."""
+    """Writes bytes, text or what data(temporary_path) writes; a kill leaves no half of a file."""
     temporary = Path(f"{path}.tmp{torchrun_ranks()[0]}")
     temporary.parent.mkdir(parents=True, exist_ok=True)
     try:
         if callable(data):
             data(temporary)
         else:
-            temporary.write_bytes(data.encode("utf-8", "surrogateescape") if isinstance(data, str) else data)  # file names can be any bytes
+            # file names in the text can be any bytes
+            text = isinstance(data, str)
+            temporary.write_bytes(data.encode("utf-8", "surrogateescape") if text else data)
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -215,13 +315,159 @@ def write_json(path, value):
     write_atomically(path, json.dumps(value, indent=1) + "\n")
 
 
-def write_csv(path, rows):
-    """Writes dicts of the same keys as a table, atomically."""
-    table = io.StringIO()
-    writer = csv.DictWriter(table, rows[0].keys(), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+def write_csv(path, header, rows):
+    """Writes a table, atomically."""
+    table = io.StringIO(newline="")
+    csv.writer(table, lineterminator="\n").writerows([header, *rows])
     write_atomically(path, table.getvalue())
+
+
+# ---------------------------------------------------------------------------- a training run
+# Flags that decide the weights: a run is resumed only with the same ones. Models count by the
+# names of their folders, so that a run may be resumed after they have moved.
+SETTINGS = ("data", "vlm", "t5", "batch_size", "lr", "lr_end", "lr_horizon", "warmup",
+            "weight_decay", "masking", "features", "norm", "hidden", "seed", "held_out")
+MODEL_SETTINGS = ("vlm", "t5")
+
+
+def check_run_folder(args):
+    """Raises UserError unless --out fits --resume and the processes can share --batch-size."""
+    out, (rank, world, _) = Path(args.out), torchrun_ranks()
+    if args.batch_size % world:
+        raise UserError(f"--batch-size {args.batch_size} cannot be shared by {world} processes: "
+                        f"choose a multiple of {world}")
+    holds_run = any(out.glob("checkpoint-*")) or (out / "aligner").exists()
+    if rank == 0 and holds_run and not args.resume:
+        raise UserError(f"{out} already holds a training run: add --resume to go on, or choose "
+                        "another --out")
+    if args.resume and not any(out.glob("checkpoint-*")):
+        raise UserError(f"nothing to resume in {out}: there is no checkpoint yet; start without "
+                        "--resume")
+
+
+def run_settings(args):
+    """{name: value} of the SETTINGS that the variant has, as they stand in state.json."""
+    settings = {name: vars(args)[name] for name in SETTINGS if name in vars(args)}
+    return json.loads(json.dumps(settings, default=str))
+
+
+def save_aligner(aligner, folder, vlm, t5):
+    """Replaces `folder` by the aligner and its card, all or nothing. vlm, t5: their models."""
+    partial = folder.parent / ".partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    models = [Path(path).name if os.path.isdir(path) else path for path in (vlm, t5)]
+    aligner.save_pretrained(partial, model_card_kwargs={"base_model": models})
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+
+
+def save_checkpoint(args, step, aligner, optimizer):
+    """Writes --out/checkpoint-STEP, complete or not at all, and deletes all but the last --keep."""
+    out = Path(args.out)
+    partial = out / ".partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    aligner.save_pretrained(partial)
+    names = [name for name, _ in aligner.named_parameters()]
+    # clone: safetensors refuses tensors that share storage, as AdamW's step counters may
+    state = {f"{names[i]}.{key}": value.clone()
+             for i, values in optimizer.state_dict()["state"].items()
+             for key, value in values.items()}
+    save_file(state, partial / "optimizer.safetensors")
+    (partial / "state.json").write_text(json.dumps({"step": step, **run_settings(args)}, indent=1))
+    os.replace(partial, out / f"checkpoint-{step:07d}")
+    for old in sorted(out.glob("checkpoint-*"))[:-args.keep]:
+        shutil.rmtree(old)
+
+
+def load_checkpoint(args, aligner, optimizer):
+    """Restores the last checkpoint under --out, returns its step. UserError: other settings."""
+    last = sorted(Path(args.out).glob("checkpoint-*"))[-1]
+    state, now = json.loads((last / "state.json").read_text()), run_settings(args)
+    changed = []
+    for name, value in now.items():
+        old = state.get(name)
+        same = old == value
+        if name in MODEL_SETTINGS and old:
+            same = Path(old).name == Path(value).name
+        if not same:
+            changed.append(f"{name} was {old!r}, is {value!r}")
+    if changed:
+        raise UserError(f"cannot resume {last} with other settings: {'; '.join(changed)}. Repeat "
+                        "the first command with --resume, or choose another --out")
+    aligner.load_state_dict(load_file(last / "model.safetensors"))
+    saved, own = load_file(last / "optimizer.safetensors"), optimizer.state_dict()
+    for i, (name, _) in enumerate(aligner.named_parameters()):
+        own["state"][i] = {key.removeprefix(f"{name}."): value for key, value in saved.items()
+                           if key.startswith(f"{name}.")}
+    optimizer.load_state_dict(own)
+    return state["step"]
+
+
+class TrainingLog:
+    """log.csv, progress bar and loss.png of a run. All processes add to it, rank 0 writes."""
+    HEADER = ("step", "loss", "held_out_loss", "lr", "samples_per_s")
+
+    def __init__(self, args, step, aligner, n_train, n_held_out):
+        self.args, self.step, self.rank = args, step, torchrun_ranks()[0]
+        self.file, self.rows = Path(args.out) / "log.csv", []
+        self.losses, self.since = [], time.time()
+        if args.resume and self.file.exists():
+            with self.file.open(newline="") as file:
+                rows = list(csv.reader(file))[1:]
+            # a killed run may have logged steps after its last checkpoint
+            self.rows = [row for row in rows if int(row[0]) <= step]
+        self.bar = tqdm(total=args.steps, initial=step, desc="train", unit="step",
+                        disable=self.rank > 0)
+        if self.rank == 0:
+            n_weights, world = sum(p.numel() for p in aligner.parameters()), torchrun_ranks()[1]
+            print(f"trains {n_weights:,} parameters on {n_train:,} samples ({n_held_out:,} held "
+                  f"out), {world} x {args.batch_size // world} a step")
+
+    def add(self, loss, lr):
+        """Counts a step. loss: this process's part of the step's mean over all target tokens."""
+        self.step += 1
+        self.losses.append(loss)
+        self.bar.update()
+        if not (self.every(self.args.log_every) or self.every(self.args.eval_every)):
+            return
+        mean = torch.stack(self.losses).mean()
+        sum_over_processes(mean)
+        rate = len(self.losses) * self.args.batch_size / (time.time() - self.since)
+        self.rows.append([self.step, f"{mean.item():.6f}", "", f"{lr:.3e}", f"{rate:.1f}"])
+        self.bar.set_postfix(loss=f"{mean.item():.3f}", lr=f"{lr:.1e}", samples_s=f"{rate:.0f}",
+                             refresh=False)
+        self.losses, self.since = [], time.time()
+
+    def every(self, steps):
+        """Whether this step is a multiple of `steps`, or the last one."""
+        return self.step % steps == 0 or self.step == self.args.steps
+
+    def is_due(self, steps):
+        """every(steps), on the first process only: what it guards is done once."""
+        return self.rank == 0 and self.every(steps)
+
+    def add_held_out(self, loss):
+        """Completes the last row with the held-out loss and prints it."""
+        row = self.rows[-1]
+        row[2] = f"{loss:.6f}"
+        tqdm.write(f"step {row[0]}: loss {row[1]}, held-out {row[2]}, lr {row[3]}, "
+                   f"{row[4]} samples/s")
+        self.since = time.time()
+
+    def save(self):
+        """Writes log.csv."""
+        write_csv(self.file, self.HEADER, self.rows)
+
+    def finish(self, aligner):
+        """Disconnects the processes; the first one writes the curve and --out/aligner."""
+        self.bar.close()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        if self.rank == 0:
+            plot_log(self.file)
+            folder, curve = self.file.with_name("aligner"), self.file.with_name("loss.png")
+            save_aligner(aligner, folder, self.args.vlm, self.args.t5)
+            print(f"aligner: {folder}   log: {self.file}   curve: {curve}")
 
 
 def plot_log(file):
@@ -234,7 +480,13 @@ def plot_log(file):
     plt.figure(figsize=(6, 4))
     for name in ("loss", "held_out_loss"):
         points = [(int(row["step"]), float(row[name])) for row in rows if row[name]]
-        plt.plot(*zip(*points), label=name.replace("_", "-")) if points else None
-    plt.yscale("log"), plt.xlabel("step"), plt.ylabel("cross-entropy per token"), plt.legend(), plt.tight_layout()
-    write_atomically(file.with_name("loss.png"), lambda temporary: plt.savefig(temporary, format="png", dpi=120))
+        if points:
+            plt.plot(*zip(*points, strict=True), label=name.replace("_", "-"))
+    plt.yscale("log")
+    plt.xlabel("step")
+    plt.ylabel("cross-entropy per token")
+    plt.legend()
+    plt.tight_layout()
+    curve = file.with_name("loss.png")
+    write_atomically(curve, lambda temporary: plt.savefig(temporary, format="png", dpi=120))
     plt.close()

@@ -1,5 +1,6 @@
-"""What several test files use: the scripts' command lines in this process, and tars."""
+"""What several test files use: the scripts' command lines in this process, and small files."""
 import contextlib
+import csv
 import importlib
 import io
 import json
@@ -15,13 +16,17 @@ import common
 
 
 def command(script, *args, code=0):
-    """A script's command line in this process (importing it takes seconds); checks the exit code. Returns stdout, stderr."""
-    main = importlib.import_module(Path(script).stem).main
+    """A command line in this process, as importing takes seconds: (stdout, stderr).
+
+    script: a script, or "miniature". Fails unless the exit code is `code`."""
+    name = Path(script).stem
+    module = importlib.import_module("miniature.__main__" if name == "miniature" else name)
     out, err = io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with (pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out),
+          contextlib.redirect_stderr(err)):
         patch.setattr(sys, "argv", [str(script), *map(str, args)])
         try:
-            common.run(main)
+            common.cli_main(module.main)
             ended = 0
         except SystemExit as stop:
             ended = stop.code
@@ -37,6 +42,21 @@ def complaint(script, *args, code=1):
     return lines[0]
 
 
+def in_new_process(*calls, **environment):
+    """What `command` returns for each of `calls` (script, *args[, {"code": ...}]), in one new
+    process with more environment variables: for what is read at import, such as HF_HOME."""
+    code = ("import json, sys; sys.path[:0] = sys.argv[1:3]; from helpers import command; "
+            "calls = json.loads(sys.argv[3]); "
+            "print(json.dumps([command(*call, **options) for call, options in calls]))")
+    split = [([str(part) for part in call if not isinstance(part, dict)],
+              call[-1] if isinstance(call[-1], dict) else {}) for call in calls]
+    done = subprocess.run(
+        [sys.executable, "-c", code, common.REPO / "tests", common.REPO, json.dumps(split)],
+        env=os.environ | environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def write_tar(path, members):
     """Writes a tar of {member name: bytes}."""
     with tarfile.open(path, "w") as tar:
@@ -46,14 +66,7 @@ def write_tar(path, members):
             tar.addfile(info, io.BytesIO(content))
 
 
-def in_new_process(*calls, **environment):
-    """What `command` returns for each of `calls` (script, *args[, {"code": ...}]), in one new process with more environment variables.
-
-    For what is read once, at import, such as HF_HOME."""
-    code = ("import json, sys; sys.path[:0] = sys.argv[1:3]; from helpers import command; "
-            "print(json.dumps([command(*call, **options) for call, options in json.loads(sys.argv[3])]))")
-    split = [([str(part) for part in call if not isinstance(part, dict)], call[-1] if isinstance(call[-1], dict) else {}) for call in calls]
-    done = subprocess.run([sys.executable, "-c", code, str(common.REPO / "tests"), str(common.REPO), json.dumps(split)], env=os.environ | environment,
-                          capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+def read_log(run):
+    """The rows of a training run's log.csv."""
+    with (run / "log.csv").open() as file:
+        return list(csv.DictReader(file))

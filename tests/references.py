@@ -5,8 +5,12 @@ import torch.nn.functional as F
 from diffusers import FirstBlockCacheConfig, FluxPipeline, FluxTransformer2DModel
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import (AutoProcessor, CLIPImageProcessor, CLIPModel,
-                          Qwen2VLForConditionalGeneration)
+from transformers import (
+    AutoProcessor,
+    CLIPImageProcessor,
+    CLIPModel,
+    Qwen2VLForConditionalGeneration,
+)
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 from common import MINI
@@ -31,6 +35,19 @@ def aligner_weights(folder):
     """The weights that `train` has left in a folder, under the names of the released files."""
     stored = load_file(f"{folder}/model.safetensors")
     return {name.removeprefix("net."): weight for name, weight in stored.items()}
+
+
+def released(d_vlm, d_t5, prefix="", dtype=torch.float32):
+    """({name: weight} in fp32, what torch.load reads in a .pth of the authors' training)."""
+    shapes = {"0.weight": (d_t5, d_vlm), "0.bias": (d_t5,), "2.weight": (d_t5, d_t5),
+              "2.bias": (d_t5,), "3.weight": (d_t5,)}
+    weights = {name: (torch.randn(shape) * shape[-1] ** -0.5).to(dtype)
+               for name, shape in shapes.items()}
+    weights["3.weight"] = (torch.rand(d_t5) * 0.2).to(dtype)
+    state = {"model": {f"{prefix}mm_projector.{name}": w for name, w in weights.items()},
+             "optimizer": {"state": {}, "param_groups": [{"lr": 1e-4}]},
+             "config": {"run": {"batch_size_train": 24}}, "scaler": {"scale": 65536.0}, "epoch": 0}
+    return {name: weight.float() for name, weight in weights.items()}, state
 
 
 # ---------------------------------------------------------------- Qwen2-VL and CLIP
@@ -75,10 +92,12 @@ def answer(vlm, parts, tokens=128, instruction=INSTRUCTION, **sampling):
     return x[:n], processor.tokenizer.decode(y[:n]), ended
 
 
-def sample(model, inputs, tokens, seed=0, temperature=1.0, top_p=0.9):
+@torch.no_grad()
+def sample(model, inputs, tokens, seed=0, temperature=1.0, top_p=0.9, ignore_eos=False):
     """(states (n, d_vlm), tokens (n,)) up to EOS, each from a pass over the whole sequence.
 
-    Each token takes one uniform number, a share of the nucleus of the sorted probabilities."""
+    Each token takes one uniform number, a share of the nucleus of the sorted probabilities; with
+    top_p 0 it is the likeliest one."""
     states, y = [], []
     for share in torch.rand(tokens, generator=torch.Generator().manual_seed(seed)).tolist():
         states.append(model.model(**inputs, use_cache=False).last_hidden_state[0, -1])  # (d_vlm,)
@@ -90,7 +109,7 @@ def sample(model, inputs, tokens, seed=0, temperature=1.0, top_p=0.9):
         # the fewest tokens whose probabilities reach top_p
         nucleus = sums[:np.searchsorted(sums, top_p) + 1]
         y.append(int(order[np.searchsorted(nucleus, share * nucleus[-1], side="right")]))
-        if y[-1] == model.generation_config.eos_token_id:
+        if y[-1] == model.generation_config.eos_token_id and not ignore_eos:
             break
         for name, value in (("input_ids", y[-1]), ("attention_mask", 1), ("mm_token_type_ids", 0)):
             inputs[name] = F.pad(inputs[name], (0, 1), value=value)  # (1, P + 1)
@@ -100,7 +119,7 @@ def sample(model, inputs, tokens, seed=0, temperature=1.0, top_p=0.9):
 def cobsat_parts(words, paths):
     """The context of a CoBSAT prompt: words with pictures, and the word to be drawn."""
     parts = []
-    for n, (word, path) in enumerate(zip(words, paths), 1):
+    for n, (word, path) in enumerate(zip(words, paths, strict=False), 1):
         before = "\n\n" if n > 1 else ""
         parts += [f"{before}Word {n}: {word}, ", Image.open(path).convert("RGB")]
     return [*parts, f"\n\nWord {len(words)}: {words[-1]}, "]

@@ -1,91 +1,64 @@
-"""aligner.py: Eq. 1 against transformers' own T5 norm, the ablations, checkpoints, the authors' .pth files."""
-import json
-
+"""aligner.py: Eq. 1 and its ablations against T5's own norm, stored aligners, authors' files."""
 import pytest
 import torch
-from torch.nn import functional as F
-from transformers.models.t5.modeling_t5 import T5LayerNorm
+from safetensors.torch import load_file, save_file
 
 from aligner import RELEASED_KEYS, Aligner, load_aligner
 from common import UserError
+from references import aligner_weights, eq1, released
 
 
-def by_hand(aligner, x, norm_weight, eps=1e-6):
-    """Eq. 1 from the weights, with the norm of transformers' T5."""
-    p = aligner.state_dict()
-    norm = T5LayerNorm(len(norm_weight), eps)
-    norm.weight.data = norm_weight
-    return norm(F.linear(F.gelu(F.linear(x, p["net.0.weight"], p["net.0.bias"])), p["net.2.weight"], p["net.2.bias"]))
-
-
-def test_equation_1_with_t5s_norm():
+@pytest.mark.parametrize("norm", ["t5", "default", "none"])
+@pytest.mark.parametrize("hidden, width", [(None, 8), (9, 9)])
+def test_equation_1_and_the_ablations_of_figure_7(tmp_path, norm, hidden, width):
+    """Also when stored and loaded again. Random features here, trained ones in test_training."""
     torch.manual_seed(0)
-    aligner, weight, x = Aligner(12, 8), torch.rand(8) * 0.2 + 0.1, torch.randn(2, 5, 12)
-    aligner.init_norm(weight)
-    torch.testing.assert_close(aligner(x), by_hand(aligner, x, weight), rtol=1e-5, atol=1e-6)
+    aligner = Aligner(12, 8, norm, hidden=hidden)
+    t5_weight, x = torch.rand(8), torch.randn(2, 5, 12)
+    aligner.init_norm(t5_weight)
+    aligner.save_pretrained(tmp_path)
+    again, weights = load_aligner(tmp_path, d_vlm=12, d_t5=8), aligner_weights(tmp_path)
+    shapes = [(width, 12), (width,), (8, width), (8,)] + [(8,)] * (norm != "none")
+    assert [tuple(parameter.shape) for parameter in again.parameters()] == shapes
+    assert again.norm == norm and torch.equal(again(x), aligner(x))
+    if norm == "none":
+        expected = torch.nn.functional.linear(aligner.net[:2](x), *aligner.net[2].parameters())
+    else:
+        assert torch.equal(weights["3.weight"], t5_weight if norm == "t5" else torch.ones(8))
+        expected = eq1(weights, x)
+    torch.testing.assert_close(aligner(x), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_ablations_of_figure_7():
-    torch.manual_seed(0)
-    weight, x = torch.full((8,), 0.2), torch.randn(3, 12)
-    default, none = Aligner(12, 8, norm="default"), Aligner(12, 8, norm="none")
-    for aligner in (default, none):
-        aligner.init_norm(weight)
-    assert torch.equal(default.net[3].weight, torch.ones(8))
-    assert len(none.net) == 3 and "net.3.weight" not in none.state_dict()
-    torch.testing.assert_close(default(x), by_hand(default, x, torch.ones(8)), rtol=1e-5, atol=1e-6)
+def test_no_other_norm():
     with pytest.raises(ValueError):
         Aligner(12, 8, norm="layer")
 
 
-def test_saved_and_loaded(tmp_path):
-    aligner = Aligner(12, 8, norm="none")
-    aligner.save_pretrained(tmp_path / "a")
-    assert json.loads((tmp_path / "a" / "config.json").read_text())["d_vlm"] == 12
-    again = load_aligner(tmp_path / "a", d_vlm=12, d_t5=8)
-    assert again.norm == "none" and all(torch.equal(v, again.state_dict()[k]) for k, v in aligner.state_dict().items())
-
-
-@pytest.mark.parametrize("widths, said", [((13, 8), "a VLM of width 12"), ((12, 9), "a T5 of width 8")])
-def test_other_width_is_refused(tmp_path, widths, said):
-    Aligner(12, 8).save_pretrained(tmp_path / "a")
-    with pytest.raises(UserError, match=said):
-        load_aligner(tmp_path / "a", *widths)
-
-
-def released(prefix="", **changes):
-    torch.manual_seed(1)
-    model = {"mm_projector.0.weight": torch.randn(8, 12), "mm_projector.0.bias": torch.randn(8), "mm_projector.2.weight": torch.randn(8, 8),
-             "mm_projector.2.bias": torch.randn(8), "mm_projector.3.weight": torch.rand(8)}
-    assert set(model) == RELEASED_KEYS
-    model.update(changes)
-    return {"model": {prefix + k: v for k, v in model.items() if v is not None}, "optimizer": {}, "config": {"lr": 1e-4}, "scaler": {}, "epoch": 3}
-
-
+# ---------------------------------------------------------------- the authors' .pth files
 @pytest.mark.parametrize("prefix", ["", "module."])
-def test_released_checkpoint(tmp_path, prefix):
-    # released() seeds torch for the features below as well
-    state = released(prefix)
-    torch.save(state, tmp_path / "thinkdiff_lvlm.pth")
-    aligner, x = load_aligner(tmp_path / "thinkdiff_lvlm.pth", d_vlm=12, d_t5=8), torch.randn(2, 3, 12)
-    p = {k.removeprefix(prefix): v for k, v in state["model"].items()}
-    expected = T5LayerNorm(8)
-    expected.weight.data = p["mm_projector.3.weight"]
-    hidden = F.gelu(x @ p["mm_projector.0.weight"].T + p["mm_projector.0.bias"])
-    torch.testing.assert_close(aligner(x), expected(hidden @ p["mm_projector.2.weight"].T + p["mm_projector.2.bias"]), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("state, said", [
-    (released(**{"mm_projector.3.weight": None}), "missing mm_projector.3.weight"),
-    (released(**{"t5.lm_head.weight": torch.ones(1)}), "unexpected t5.lm_head.weight"),
-    (released(**{"mm_projector.2.weight": torch.ones(8, 7)}), "do not fit together"),
-    ({"weights": {}}, "no entry 'model'"),
-    (torch.ones(3), "no entry 'model'"),
+@pytest.mark.parametrize("changes, said", [
+    ({}, None),
+    ({"3.weight": None}, "missing .*mm_projector.3.weight"),
+    ({"4.weight": torch.ones(1)}, "unexpected .*mm_projector.4.weight"),
+    ({"2.weight": torch.ones(8, 7)}, "the tensors are of no aligner"),
 ])
-def test_wrong_checkpoints_are_named(tmp_path, state, said):
-    torch.save(state, tmp_path / "x.pth")
-    with pytest.raises(UserError, match=said):
-        load_aligner(tmp_path / "x.pth")
+def test_released_checkpoint(tmp_path, prefix, changes, said):
+    """Wrong tensors are named. test_full_size: the true shapes, through `generate`."""
+    torch.manual_seed(1)
+    weights, state = released(12, 8, prefix)
+    assert {name.removeprefix(prefix) for name in state["model"]} == RELEASED_KEYS
+    for name, weight in changes.items():
+        state["model"][f"{prefix}mm_projector.{name}"] = weight
+        if weight is None:
+            del state["model"][f"{prefix}mm_projector.{name}"]
+    torch.save(state, tmp_path / "thinkdiff_lvlm.pth")
+    if said:
+        with pytest.raises(UserError, match=said):
+            load_aligner(tmp_path / "thinkdiff_lvlm.pth")
+    else:
+        x = torch.randn(2, 3, 12)
+        aligner = load_aligner(tmp_path / "thinkdiff_lvlm.pth", d_vlm=12, d_t5=8)
+        torch.testing.assert_close(aligner(x), eq1(weights, x), rtol=1e-5, atol=1e-5)
 
 
 class Unsafe:
@@ -103,7 +76,7 @@ class Unsafe:
 def test_no_code_of_a_pickle_runs(tmp_path, name, options):
     """With the tensors of a good aligner beside it."""
     trace = tmp_path / "trace"
-    torch.save({**released(), "config": Unsafe(trace)}, tmp_path / name, **options)
+    torch.save({**released(12, 8)[1], "config": Unsafe(trace)}, tmp_path / name, **options)
     torch.load(tmp_path / name, weights_only=False)["config"].close()
     assert trace.exists()
     trace.unlink()
@@ -119,32 +92,32 @@ def test_no_code_of_a_pickle_runs(tmp_path, name, options):
 
 
 @pytest.mark.parametrize("name, said", [
+    ("tensor.pth", "no entry 'model'"),
+    ("other.pth", "no entry 'model'"),
     ("half.pth", "half.pth cannot be read as a torch checkpoint"),
-    ("missing.pth", "no aligner at .*missing.pth: give the path of"),
-    ("empty", "empty holds no aligner .config.json and model.safetensors.: give the folder"),
+    ("missing.pth", "no aligner at .*missing.pth: give a .pth file"),
+    ("empty", "empty holds no aligner .*: give the folder that `train` wrote"),
     ("missing/folder/aligner", "no aligner at .*missing/folder/aligner: train one"),
-    ("no/such-repo", "no/such-repo is neither a folder here nor reachable on the hub"),
-    ("cut", "cut .*(SafetensorError|does not hold an aligner)"),
-    ("config", "config does not hold an aligner of this project"),
+    ("no/such-repo", "no/such-repo holds no aligner .*a name on the hub"),
+    ("cut", "cut holds no aligner"),
+    ("config", "config holds no aligner"),
+    ("partial", "partial holds no aligner"),
 ])
 def test_damaged_and_missing_files_are_named(tmp_path, name, said):
+    torch.save(torch.ones(3), tmp_path / "tensor.pth")
+    torch.save({"weights": {}}, tmp_path / "other.pth")
     (tmp_path / "half.pth").write_bytes(b"PK\3\4 half a file")
     (tmp_path / "empty").mkdir()
-    for folder in ("cut", "config"):
+    for folder in ("cut", "config", "partial"):
         Aligner(12, 8).save_pretrained(tmp_path / folder)
     weights = tmp_path / "cut" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
     (tmp_path / "config" / "config.json").write_text("{")
+    # a missing weight would stay random
+    weights = tmp_path / "partial" / "model.safetensors"
+    tensors = load_file(weights)
+    del tensors["net.2.bias"]
+    save_file(tensors, weights)
     with pytest.raises(UserError, match=said) as error:
         load_aligner(name if name == "no/such-repo" else tmp_path / name)
     assert len(str(error.value).splitlines()) == 1
-
-
-def test_hidden_width_is_the_papers_unless_given(tmp_path):
-    assert Aligner(6, 4).net[0].weight.shape == (4, 6)
-    torch.manual_seed(0)
-    aligner = Aligner(6, 4, hidden=9)
-    assert [tuple(p.shape) for p in aligner.parameters()] == [(9, 6), (9,), (4, 9), (4,), (4,)]
-    aligner.save_pretrained(tmp_path)
-    x = torch.randn(2, 3, 6)
-    assert torch.equal(load_aligner(tmp_path)(x), aligner(x))

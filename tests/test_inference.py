@@ -1,16 +1,25 @@
-"""`generate` of both variants, flag by flag, against stock models and FluxPipeline."""
+"""`generate` and `explain` of both variants against stock models and FluxPipeline: each flag, the
+lines of a batch, flags for memory and speed, complaints, and all that `explain` prints."""
 import json
+import random
+import re
 
 import pytest
 import torch
+import torch.nn.functional as F
+from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock
 from PIL import Image
+from transformers import AutoTokenizer, T5ForConditionalGeneration
+from transformers.modeling_outputs import BaseModelOutput
 
-from common import MINI, REPO
-from helpers import command
-from references import (aligner_weights, answer, clip_tokens, eq1, load_flux, load_vlm, picture, pixels,
-                        prompt_states, save_guided_flux, t5_prompt)
+import models as loaders
+import pipelines
+import references as ref
+from aligner import Aligner
+from common import EXAMPLE, MINI, REPO
+from helpers import command, complaint
 
-WHITE, BLUE = (REPO / f"mini/example/{color}_car.png" for color in ("white", "blue"))
+WHITE, BLUE = (EXAMPLE / f"{color}_car.png" for color in ("white", "blue"))
 CONTEXT = ["Word 1: white, ", Image.open(WHITE).convert("RGB"), "\n\nWord 2: blue, ",
            Image.open(BLUE).convert("RGB"), "\n\nWord 3: red, "]
 FOX = "Draw a green fox."
@@ -19,40 +28,41 @@ FOX = "Draw a green fox."
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """A FLUX that reads the guidance, the mini's VLM, and the folder of that FLUX."""
-    folder = save_guided_flux(tmp_path_factory.mktemp("inference") / "flux")
-    return {"flux": load_flux(folder), "vlm": load_vlm(MINI["vlm"]), "folder": folder}
+    folder = ref.save_guided_flux(tmp_path_factory.mktemp("inference") / "flux")
+    return {"flux": ref.load_flux(folder), "vlm": ref.load_vlm(MINI["vlm"]), "folder": folder}
 
 
 # ---------------------------------------------------------------- prompts by hand
 def lvlm_prompt(models, parts=CONTEXT, features="generated", relay=0, **settings):
     """AN(states of the answer), or with relay T5(words of the answer). (N, d_t5)"""
-    x, words, _ = answer(models["vlm"], parts, **settings)
+    x, words, _ = ref.answer(models["vlm"], parts, **settings)
     if features == "input":
-        x = prompt_states(models["vlm"], parts)
+        x = ref.prompt_states(models["vlm"], parts)
     if relay:
-        return t5_prompt(models["flux"], words, relay)
-    return eq1(aligner_weights(MINI["aligner"]), x)
+        return ref.t5_prompt(models["flux"], words, relay)
+    return ref.eq1(ref.aligner_weights(MINI["aligner"]), x)
 
 
 def clip_prompt(models, images=(BLUE,), text="a hat", weights=(1, 1), length=48):
     """[AN(image 1) ; ... ; T5(text)]. (N, d_t5)"""
-    aligner = aligner_weights(MINI["aligner-clip"])
-    aligned = [weight * eq1(aligner, clip_tokens(path)) for path, weight in zip(images, weights)]
-    return torch.cat(aligned + [t5_prompt(models["flux"], text, length)] * bool(text))
+    aligner = ref.aligner_weights(MINI["aligner-clip"])
+    aligned = [weight * ref.eq1(aligner, ref.clip_tokens(path))
+               for path, weight in zip(images, weights, strict=False)]
+    return torch.cat(aligned + [ref.t5_prompt(models["flux"], text, length)] * bool(text))
 
 
 def lvlm_picture(models, prompt, drawing):
-    return picture(models["flux"], lvlm_prompt(models, **prompt), **drawing)
+    return ref.picture(models["flux"], lvlm_prompt(models, **prompt), **drawing)
 
 
 def clip_picture(models, prompt, drawing):
     """Unlike LVLM's, the pooled CLIP embedding is that of the text."""
     text = prompt.get("text", "a hat")
-    return picture(models["flux"], clip_prompt(models, **prompt), text, **drawing)
+    return ref.picture(models["flux"], clip_prompt(models, **prompt), text, **drawing)
 
 
 # ---------------------------------------------------------------- one flag at a time
-# (flags, what they change in the prompt, what they change in the drawing)
+# flags, what they change in the prompt, what they change in the drawing
 DRAWING = [
     (["--seed", 7], {}, {"seed": 7}),
     (["--size", 32], {}, {"size": 32}),
@@ -102,7 +112,7 @@ def test_each_flag_arrives(models, defaults, tmp_path, monkeypatch, variant, fla
     (tmp_path / "outputs/0001.png").write_text("kept")
     command(REPO / f"thinkdiff_{variant}.py", "generate", "--mini", "--flux", models["folder"],
             "--steps", 4, *flags)
-    ours, default = pixels(tmp_path / "outputs/0002.png"), defaults[variant]
+    ours, default = ref.pixels(tmp_path / "outputs/0002.png"), defaults[variant]
     expected = VARIANTS[variant][0](models, prompt, {**PLAIN, **drawing})
     assert ours.shape == expected.shape and abs(ours - expected).max() <= 1
     assert ours.shape != default.shape or abs(ours - default).max() > 8
@@ -131,9 +141,228 @@ def test_lines_of_a_batch_have_their_own_settings(models, tmp_path, monkeypatch,
     (tmp_path / "in/c.jsonl").write_text(text)
     command(REPO / f"thinkdiff_{variant}.py", "generate", "--mini", "--flux", models["folder"],
             "--steps", 4, "--batch", "in/c.jsonl", "--num-images", 2, "--seed", 2)
-    for line, (item, prompt) in zip((1, 3), LINES[variant]):
+    for line, (item, prompt) in zip((1, 3), LINES[variant], strict=True):
         for k in (0, 1):
             file, seed = tmp_path / f"outputs/{line:05}-{k + 1}.png", item.get("seed", 2) + k
             expected = VARIANTS[variant][0](models, prompt, {**PLAIN, "seed": seed})
-            assert abs(pixels(file) - expected).max() <= 1
+            assert abs(ref.pixels(file) - expected).max() <= 1
             assert json.loads(Image.open(file).text["thinkdiff"])["seed"] == seed
+
+
+BAD_LINES = {
+    "lvlm": [{"context": [{"image": "gone.png"}]}, {"no": "context"}],
+    "clip": [{"image": ["gone.png"]}, {"no": "context"}, {"image": "a.png"},
+             {"image": ["a.png"], "image_weight": [1, 2]}]}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_lines_that_cannot_be_drawn_are_skipped_and_named(tmp_path, variant):
+    """Also a line that wants the name of another one, or of a picture that is there."""
+    (tmp_path / "a.png").write_bytes(WHITE.read_bytes())
+    good, bad = LINES[variant][0][0], BAD_LINES[variant]
+    lines = [{**good, "out": str(tmp_path / f"{name}.png")} for name in (1, 1, 2)] + bad
+    (tmp_path / "c.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\nnot json\n")
+    g = (f"thinkdiff_{variant}.py", "generate", "--mini", "--steps", 1,
+         "--batch", tmp_path / "c.jsonl")
+    kept = []
+    for skipped in ([2], [1, 2]):
+        (tmp_path / "2.png").unlink(missing_ok=True)
+        out, err = command(*g)
+        skipped += range(4, 5 + len(bad))
+        assert f"drew {len(lines) + 1 - len(skipped)} pictures, skipped {len(skipped)} lines" in out
+        assert re.findall(r"line (\d+):", err) == [str(number) for number in skipped]
+        assert sorted(path.name for path in tmp_path.glob("*.png")) == ["1.png", "2.png", "a.png"]
+        kept.append((tmp_path / "1.png").read_bytes())
+    assert "no context that can be drawn" in complaint(*g)
+    assert kept == [(tmp_path / "1.png").read_bytes()] * 2
+
+
+# ---------------------------------------------------------------- memory and speed
+def example(folder, *flags):
+    """The picture of the shipped context."""
+    command("thinkdiff_lvlm.py", "generate", "--mini", "--steps", 12, "--overwrite",
+            "--out", folder / "x.png", *flags)
+    return ref.pixels(folder / "x.png")
+
+
+def test_cache_skips_blocks(tmp_path, monkeypatch):
+    work, forward = [], FluxSingleTransformerBlock.forward
+
+    def counted(*args, **kwargs):
+        work.append(1)
+        return forward(*args, **kwargs)
+    monkeypatch.setattr(FluxSingleTransformerBlock, "forward", counted)
+    plain = example(tmp_path)
+    every = len(work)
+    # four such blocks; guidance takes two passes a step
+    assert every == 4 * 2 * 12
+    assert (example(tmp_path, "--cache", 1e-6) == plain).all() and len(work) == 2 * every
+    careless = example(tmp_path, "--cache", 1e6)
+    # the first step alone
+    assert len(work) == 2 * every + 4 * 2 and abs(careless - plain).mean() > 1
+    work.clear()
+    halfway = example(tmp_path, "--cache", 0.25)
+    assert 8 < len(work) < every
+    assert 0 < abs(halfway - plain).mean() < abs(careless - plain).mean()
+
+
+def test_quantized_models_draw_nearly_the_same_picture(tmp_path, monkeypatch):
+    torchao = pytest.importorskip("torchao.utils", reason="--quantize needs pip install torchao")
+    plain, other, loaded = example(tmp_path), example(tmp_path, "--seed", 1), []
+    load, speed_up = loaders.load_vlm, pipelines.speed_up
+
+    def watched_load(*args, **options):
+        loaded.append(load(*args, **options))
+        return loaded[0]
+
+    def watched_speed_up(pipe, *rest):
+        loaded.append(pipe)
+        return speed_up(pipe, *rest)
+    monkeypatch.setattr(loaders, "load_vlm", watched_load)
+    monkeypatch.setattr(pipelines, "speed_up", watched_speed_up)
+    quantized, ((vlm, _), pipe) = example(tmp_path, "--quantize"), loaded
+    for layer in (pipe.transformer.single_transformer_blocks[0].proj_mlp,
+                  vlm.model.language_model.layers[0].mlp.up_proj):
+        assert isinstance(layer.weight, torchao.TorchAOBaseTensor)
+        assert layer.weight.qdata.dtype == torch.int8
+    assert 0 < abs(quantized - plain).mean() < abs(other - plain).mean() / 4
+
+
+@pytest.mark.parametrize("flags", [[], ["--cache", 0.25]], ids=str)
+def test_compiled_pictures_are_the_same_but_for_roundings(tmp_path, count_graphs, flags):
+    """With the cache, too, blocks of one class share what is compiled."""
+    plain = example(tmp_path, *flags)
+    compiled = example(tmp_path, "--compile", *flags)
+    assert 2 <= len(count_graphs) <= 4 and abs(compiled - plain).max() <= 1
+
+
+# ---------------------------------------------------------------- complaints
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_complaints(tmp_path, monkeypatch, variant):
+    def of(*flags, out="x.png", code=1, mini=("--mini",)):
+        return complaint(f"thinkdiff_{variant}.py", "generate", *mini, "--steps", 2,
+                         "--out", tmp_path / out, *flags, code=code)
+    (tmp_path / "kept.png").write_text("mine")
+    (tmp_path / "zero.png").write_bytes(b"")
+    assert "exists" in of(out="kept.png") and (tmp_path / "kept.png").read_text() == "mine"
+    assert "cannot write" in of(out="kept.png/x.png")
+    assert ".png" in of(out="x.gif") and ".png" in of(out="x.mp4")
+    for name in ("zero.png", "gone.png"):
+        assert name in of("--image", tmp_path / name)
+    Aligner(48, 32).save_pretrained(tmp_path / "narrow")
+    Aligner(128 if variant == "lvlm" else 96, 16).save_pretrained(tmp_path / "thin")
+    for folder, said in (("narrow", "was made for a VLM of width 48"), ("a/b", "no aligner"),
+                         ("thin", "was made for a T5 of width 16")):
+        assert said in of("--aligner", tmp_path / folder)
+    assert "no context: give --text and --image, --batch FILE.jsonl, or --mini" in of(mini=())
+    assert "no/such-model" in of("--vlm", "no/such-model")
+    assert "gone.jsonl" in of("--batch", "gone.jsonl")
+    for flag, wrong in (("size", "large"), ("seed", "much"), ("cache", "0"), ("cache", "-1"),
+                        ("cache", "nan"), ("cache", "much")):
+        of(f"--{flag}={wrong}", code=2)
+    if variant == "clip":
+        assert "1 image weights for 2 pictures" in of("--image-weight", 1, *TWO)
+        assert ".mp4" in of("--video")
+        of("--image-weight", "much", code=2)
+        of("--decoder", "paint", code=2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "there is no GPU here" in of("--offload")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "pip install torchao==" in of("--quantize")
+    assert not (tmp_path / "x.png").exists()
+
+
+# ---------------------------------------------------------------- explain
+@torch.no_grad()
+def check_explained(out, x, weights, text, prefix, target, s=None):
+    """The printed figures of a sample: x (n, d_vlm), its text, the split. Returns x' (n, d_t5).
+
+    T5's decoder reads x'_1..x'_s, or, without s, [x' ; t1]."""
+    t5 = T5ForConditionalGeneration.from_pretrained(MINI["t5"], dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(MINI["t5"])
+
+    def encode(text):
+        ids = tokenizer(text, return_tensors="pt").input_ids  # (1, m)
+        return t5.encoder(ids).last_hidden_state[0], ids[0]
+
+    def read(memory):
+        ids = t5.generate(encoder_outputs=BaseModelOutput(memory[None]),
+                          max_new_tokens=len(encode(target)[1]), do_sample=False,
+                          use_cache=False)
+        return tokenizer.decode(ids[0], skip_special_tokens=True)
+    torch.manual_seed(4)
+    first, last = torch.nn.Linear(x.shape[1], 32), torch.nn.Linear(32, 32)
+    new = {"0.weight": first.weight, "0.bias": first.bias, "2.weight": last.weight,
+           "2.bias": last.bias, "3.weight": t5.encoder.final_layer_norm.weight.data}
+    aligned, (t, ids), (t1, _) = ref.eq1(weights, x), encode(text), encode(prefix)
+    ones = ref.eq1({**new, "3.weight": torch.ones(32)}, x)
+    tensors = {"x   features": x, "t   T5 encoder's outputs for the same text": t,
+               "x'  aligned": aligned,
+               "x'  new aligner, norm from T5 (section 3.2)": ref.eq1(new, x),
+               "x'  new aligner, norm of ones": ones}
+    # name, shape, RMS
+    rows = re.findall(r"^(\w'? .*?) +\((\d+), (\d+)\) +([\d.]+)$", out, re.MULTILINE)
+    assert [(name, int(n), int(d)) for name, n, d, _ in rows] == [
+        (name, *tensor.shape) for name, tensor in tensors.items()]
+    assert [float(rms) for *_, rms in rows] == pytest.approx(
+        [tensor.square().mean().sqrt().item() for tensor in tensors.values()], abs=1.1e-4)
+
+    memory = aligned[:s] if s else torch.cat([aligned, t1])
+    for label, said in (("prefix", prefix), ("target", target.strip()),
+                        ("T5's decoder on the aligned features", read(memory)),
+                        ("T5's decoder on t of the prefix alone", read(t1))):
+        assert re.search(f"^  {label} +{re.escape(said)}$", out, re.MULTILINE)
+    nearest = out.split("\nnearest t_j of each x'_i, cosine\n")[1].split("\n\n")[0]
+    printed = [word.rstrip(")").rsplit("(", 1) for word in nearest.split()]
+    cosines, at = F.cosine_similarity(aligned[:, None], t, dim=-1).max(-1)  # (n,)
+    assert [token for token, _ in printed] == tokenizer.convert_ids_to_tokens(ids[at])
+    assert [float(cosine) for _, cosine in printed] == pytest.approx(cosines.tolist(), abs=0.0051)
+    return aligned
+
+
+def explain_of(variant, models, tmp_path, *flags):
+    """Its output; the picture lies in x.png. The same without FLUX, but for the picture."""
+    e = (f"thinkdiff_{variant}.py", "explain", "--mini", "--image", BLUE, "--seed", 4,
+         "--out", tmp_path / "x.png", *flags)
+    without = command(*e, "--no-picture", "--flux", "no/such-flux")[0]
+    assert not (tmp_path / "x.png").exists()
+    assert "no/such-flux" in complaint(*e, "--flux", "no/such-flux")
+    out = command(*e, "--flux", models["folder"], "--steps", 2, "--guidance", 9)[0]
+    assert out == f"{without}\npicture: {tmp_path / 'x.png'}\n"
+    assert out.startswith(f"image    {BLUE}\n")
+    return out
+
+
+def check_explained_picture(models, tmp_path, aligned):
+    expected = ref.picture(models["flux"], aligned, seed=4, guidance=9.0, true_cfg=3.0)
+    assert abs(ref.pixels(tmp_path / "x.png") - expected).max() <= 1
+
+
+def test_explain_lvlm(models, tmp_path):
+    """The answer goes on after EOS, as those of prepare_data.py do."""
+    out = explain_of("lvlm", models, tmp_path, "--prompt", 3, "--tokens", 12)
+    prompt, (vlm, processor) = "Summarize the visual content of the image.", models["vlm"]
+    inputs = ref.vlm_inputs(processor, [CONTEXT[3], prompt], instruction="")
+    x, y = ref.sample(vlm, inputs, 12, top_p=0, ignore_eos=True)  # (12, d_vlm), (12,)
+    assert torch.equal(vlm.lm_head(x).argmax(-1), y) and vlm.generation_config.eos_token_id in y
+
+    def decode(y):
+        return processor.tokenizer.decode(y, skip_special_tokens=True)
+    assert f"\nprompt   {prompt}\nanswer   {decode(y)}\n" in out
+    assert "\nargmax lm_head(x_i) = y_i for 12 of 12 tokens\n" in out
+    # 3 of 12 tokens, in which T5 reads something else than in all
+    s = random.Random("4 2").randint(1, 11)
+    weights = ref.aligner_weights(MINI["aligner"])
+    aligned = check_explained(out, x, weights, decode(y), decode(y[:s]), decode(y[s:]), s)
+    check_explained_picture(models, tmp_path, aligned)
+
+
+def test_explain_clip(models, tmp_path):
+    caption = "A blue car on the grass. It is photographed."
+    out = explain_of("clip", models, tmp_path, "--text", caption)
+    assert f"\ncaption  {caption}\n\nCLIP's 65 tokens, pooled: 17 (section 3.4)\n" in out
+    words = caption.split()
+    s = random.Random("4 2").randint(1, len(words) - 1)
+    aligned = check_explained(out, ref.clip_tokens(BLUE), ref.aligner_weights(MINI["aligner-clip"]),
+                              caption, " ".join(words[:s]), " ".join(words[s:]))
+    check_explained_picture(models, tmp_path, aligned)

@@ -1,75 +1,94 @@
-"""world.py, miniature.py and the shipped stand-ins: data in the promised layout, weights that work."""
+"""The miniature: data in the promised layout, weights that work."""
 import functools
 import json
 import random
 import tarfile
-from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
-import miniature
+from cobsat_eval import KINDS, shown_word
 from common import REPO
 from helpers import command, complaint
-from standins import flux, vlm
-from world import DETAILS, ING, NOUNS, PAIRS, PLACE, caption, draw, label, shown
+from miniature import __main__, check, flux, vlm
+from miniature.world import ING, PLACE, caption, draw, label
+from test_protocol import parsed
+
+WEIGHTS = REPO / "miniature/weights"
 
 
 def test_the_world_is_cobsats():
-    assert len(PAIRS) == len(set(PAIRS)) == 500 and all(len(v) == 10 for v in [*DETAILS.values(), *NOUNS.values()])
-    assert (DETAILS["color"][8], DETAILS["style"][8], DETAILS["background"][4], NOUNS["action"][9], NOUNS["style"][0]) == (
-        "blue", "3d", "park", "bird", "leaf")  # indices of the protocol
-    assert label("style", "3d", "hat") == "wireframe hat" and label("background", "park", "dog") == "amusement park dog"
+    assert len(KINDS) == len(set(KINDS)) == 500
+    assert label("style", "3d", "hat") == "wireframe hat"
+    assert label("background", "park", "dog") == "amusement park dog"
 
 
-def test_every_caption_names_its_noun_and_value_and_no_other():
+@pytest.mark.parametrize("create", [False, True])
+def test_every_caption_names_its_noun_and_value_and_no_other(create):
     rng = random.Random(0)
-    for kind in PAIRS:
-        for create in (False, True):
-            text = caption(rng, *kind, create=create)
-            assert vlm.said(text, *kind), text
-            assert text.startswith(("Create", "Draw", "Generate", "Make")) == create
+    for kind in KINDS:
+        text = caption(rng, *kind, create=create)
+        assert vlm.names_kind(text, *kind), text
+        assert text.startswith(("Create", "Draw", "Generate", "Make")) == create
 
 
 def test_pictures_are_classes_and_not_templates():
-    for kind in PAIRS[::23]:
-        first, same, other = (np.asarray(draw(random.Random(seed), *kind)).astype(int) for seed in (1, 1, 2))
-        assert first.shape == (64, 64, 3) and (first == same).all() and abs(first - other).mean() > 1
+    for kind in KINDS[::23]:
+        first, same, other = (
+            np.asarray(draw(random.Random(seed), *kind)).astype(int) for seed in (1, 1, 2))
+        assert first.shape == (64, 64, 3)
+        assert (first == same).all() and abs(first - other).mean() > 1
 
 
 def test_draw_writes_webdataset_tars_and_goes_on(monkeypatch, tmp_path):
-    monkeypatch.setattr(miniature, "TAR_SIZE", 4)
-    command("miniature.py", "draw", "--out", tmp_path, "--count", 10)
+    monkeypatch.setattr(__main__, "TAR_SIZE", 4)
+    ten = ("miniature", "draw", "--out", tmp_path, "--count", 10)
+    command(*ten)
     tars = sorted(tmp_path.glob("*.tar"))
     names = [name for path in tars for name in tarfile.open(path).getnames()]
-    assert len(tars) == 3 and sorted(names) == sorted(f"{i:07d}.{suffix}" for i in range(10) for suffix in ("png", "txt"))
-    before = tars[1].read_bytes()
+    assert len(tars) == 3
+    assert sorted(names) == sorted(f"{i:07d}.{end}" for i in range(10) for end in ("png", "txt"))
+    before, kept = tars[1].read_bytes(), tars[0].stat().st_mtime_ns
     tars[1].unlink()
-    kept = tars[0].stat().st_mtime_ns
-    command("miniature.py", "draw", "--out", tmp_path, "--count", 10)
+    command(*ten)
     assert tars[1].read_bytes() == before and tars[0].stat().st_mtime_ns == kept
-    assert "choose another --out" in complaint("miniature.py", "draw", "--out", tmp_path, "--count", 11)
+    assert "choose another --out" in complaint(*ten[:-1], 11)
+
+
+@pytest.mark.parametrize("name, some, other", [("check", "lvlm", "vae"), ("train", "vae", "lvlm")])
+def test_check_and_train_take_any_names_or_none(name, some, other):
+    """None: all. argparse's choices would refuse that in Python 3.11."""
+    assert parsed("miniature", name)["names"] == []
+    assert parsed("miniature", name, some, "clip")["names"] == [some, "clip"]
+    assert f"'{other}' is none of " in complaint("miniature", name, other, code=2)
 
 
 def test_shipped_weights_are_small():
-    assert sum(file.stat().st_size for file in (REPO / "mini").rglob("*") if file.is_file()) < 40e6
+    assert sum(file.stat().st_size for file in WEIGHTS.rglob("*") if file.is_file()) < 40e6
 
 
 def test_of_two_prompts_the_second_names_what_is_drawn():
-    tokenizer, encoder = flux.load_t5(REPO / "mini")
+    tokenizer, encoder = flux.load_t5(WEIGHTS)
     kinds = list(range(0, 500, 7))
-    first, second = flux.composed(random.Random(0), kinds, tokenizer)
-    assert not torch.isin(first, torch.tensor([tokenizer.eos_token_id, tokenizer.pad_token_id])).any()  # aligned features have no end
+    first, second = flux.two_prompts(random.Random(0), kinds, tokenizer)
+    # aligned features have no end
+    ends = torch.tensor([tokenizer.eos_token_id, tokenizer.pad_token_id])
+    assert not torch.isin(first, ends).any()
     named = []
-    for kind, text in zip(kinds, tokenizer.batch_decode(second, skip_special_tokens=True)):
-        detail, value, noun = PAIRS[kind]
-        word = ING[value] if detail == "action" else PLACE[value] if detail == "background" else shown(value)
+    texts = tokenizer.batch_decode(second, skip_special_tokens=True)
+    for kind, text in zip(kinds, texts, strict=True):
+        detail, value, noun = KINDS[kind]
+        word = {"action": ING, "background": PLACE}.get(detail, {}).get(value, shown_word(value))
         named.append((word in text, noun in text))
-    assert all(word or noun for word, noun in named) and 0.15 < np.mean([word for word, _ in named]) < 0.5
-    embeds, pooled = flux.conditions(random.Random(3), torch.Generator().manual_seed(0), kinds, tokenizer, encoder)
-    weight = encoder.encoder.final_layer_norm.weight
+    assert all(word or noun for word, noun in named)
+    assert 0.15 < np.mean([word for word, _ in named]) < 0.5
+    embeds, pooled = flux.conditions(
+        random.Random(3), torch.Generator().manual_seed(0), kinds, tokenizer, encoder)
     assert embeds.shape[::2] == (len(kinds), 32) and pooled.shape == (len(kinds), flux.D_POOLED)
-    assert 0.5 < embeds.square().mean().sqrt() / weight.square().mean().sqrt() < 2  # blends and noise stay at the scale of T5's norm
+    # blends and noise stay at the scale of T5's norm
+    weight = encoder.encoder.final_layer_norm.weight
+    assert 0.5 < embeds.square().mean().sqrt() / weight.square().mean().sqrt() < 2
 
 
 def test_shipped_models_do_what_their_cards_say(tmp_path, monkeypatch):
@@ -77,11 +96,12 @@ def test_shipped_models_do_what_their_cards_say(tmp_path, monkeypatch):
     0 of 20 for noun and value. Random weights in either aligner draw none right."""
     # 8 FLUX steps instead of 28, for time; FLUX itself is checked by what it draws from words
     for name in ("check_lvlm", "check_compose"):
-        monkeypatch.setattr(miniature, name, functools.partial(getattr(miniature, name), steps=8))
+        monkeypatch.setattr(check, name, functools.partial(getattr(check, name), steps=8))
     monkeypatch.chdir(tmp_path)
     parts = "t5 clip vlm lvlm compose".split()
-    command("miniature.py", "check", *parts, "--count", 20, "--json", "check.json")
-    result = json.loads(Path("check.json").read_text())
+    command("miniature", "check", *parts, "--count", 20, "--json", "check.json")
+    result = json.loads((tmp_path / "check.json").read_text())
+    assert result.keys() == {"count", *parts}
     assert result["t5"]["label read from a caption"] >= 0.95
     assert result["t5"]["label read from another caption"] <= 0.1
     assert result["clip"]["held-out pictures"]["both"] >= 0.95

@@ -1,15 +1,17 @@
 """`train` of both variants against a loop written here with stock T5, stock CLIP and torch alone.
 
-Imports nothing of the method; the data and every number of the recipe are typed a second time."""
-import csv
+Imports nothing of the method; the data and every number of the recipe are typed a second time.
+Then checkpoints, resuming and complaints."""
 import importlib
 import json
 import os
 import random
+import shutil
+import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,8 +21,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel, T5ForConditionalGeneration
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
-from common import REPO
-from helpers import command
+from common import MINI, REPO
+from helpers import command, complaint, read_log
 
 # the samples 18 and 19, or 19 alone, are held out
 SAMPLES, SEED, BATCH = 20, 5, 8
@@ -35,7 +37,7 @@ WORDS = "a red car on the street photo of an apple painted blue white sleeping c
 
 
 def stock(cls, name, **options):
-    return cls.from_pretrained(REPO / "mini" / name, **options)
+    return cls.from_pretrained(MINI[name], **options)
 
 
 def text_of(i, length):
@@ -45,7 +47,7 @@ def text_of(i, length):
 # ---------------------------------------------------------------- data
 def lvlm_samples(features):
     """20 samples: x (n, 128) bf16, y (N,); x of those held out is 100 times as large."""
-    tokenizer, samples = stock(AutoTokenizer, "qwen2-vl"), []
+    tokenizer, samples = stock(AutoTokenizer, "vlm"), []
     for i in range(SAMPLES):
         y = torch.tensor(tokenizer(text_of(i, 200)).input_ids[:LENGTHS[features]])  # (N,)
         # a special token, which is no part of the target
@@ -98,7 +100,7 @@ WRITE_DATA = {"thinkdiff_lvlm.py": write_lvlm_data, "thinkdiff_clip.py": write_c
 # ---------------------------------------------------------------- the method by hand
 def lvlm_source(masking, features):
     """A function of (sample, position in the stream): features of the prefix, no T1, the target."""
-    tokenizer, samples = stock(AutoTokenizer, "qwen2-vl"), lvlm_samples(features)
+    tokenizer, samples = stock(AutoTokenizer, "vlm"), lvlm_samples(features)
 
     def source(i, position):
         x, y = samples[i]
@@ -232,7 +234,7 @@ def test_four_steps_equal_a_loop_by_hand(script, processes, options, tmp_path, m
     if "log-every" in options:
         expected = [(3, sum(losses[:3]) / 3), (4, losses[3])]
     held_out_losses = {"3": held_out_losses[2], "4": held_out_losses[3]}
-    rows = list(csv.DictReader((out / "log.csv").open()))
+    rows = read_log(out)
     assert [int(row["step"]) for row in rows] == [step for step, _ in expected]
     for row, (step, loss) in zip(rows, expected, strict=True):
         assert float(row["loss"]) == pytest.approx(loss, abs=1e-5)
@@ -260,45 +262,141 @@ def test_micro_batches_hold_targets_of_like_length(script, tmp_path, monkeypatch
         assert sum(step, []) == sorted(sum(step, [])) and len(set(sum(step, []))) > 2
 
 
-@pytest.mark.parametrize("script", WRITE_DATA)
-def test_checkpoints_appear_whole_and_resume_bit_identical(script, tmp_path, monkeypatch):
-    """A checkpoint is written elsewhere and renamed, and only then the one before it deleted."""
-    whole, killed, moved, replace = tmp_path / "whole", tmp_path / "killed", {}, os.replace
+def files(folder):
+    return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
 
-    def files(folder):
-        return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
+
+@pytest.fixture(scope="module", params=WRITE_DATA)
+def run(request, tmp_path_factory):
+    """Eight steps of `script`: data, out, the command without --out; and of each folder that was
+    renamed to its name: which checkpoints were there, and its files."""
+    root, moved, replace = tmp_path_factory.mktemp("run"), {}, os.replace
+    run = SimpleNamespace(script=request.param, data=root / "data", out=root / "out", moved=moved)
+    WRITE_DATA[run.script](run.data)
+    run.train = (run.script, "train", *RECIPE, "--steps", "8", "--data", str(run.data), "--out")
 
     def watch(source, target):
         if Path(source).is_dir():
-            existing = sorted(path.name for path in whole.glob("checkpoint-*"))
+            existing = sorted(path.name for path in run.out.glob("checkpoint-*"))
             moved[Path(target).name] = existing, files(source)
         replace(source, target)
-    monkeypatch.setattr(os, "replace", watch)
-    WRITE_DATA[script](tmp_path / "data")
-    arguments = ["train", *RECIPE, "--steps", "8", "--data", str(tmp_path / "data"), "--out"]
-    command(script, *arguments, whole)
-    first, second, last = (f"checkpoint-000000{step}" for step in (3, 6, 8))
-    assert {name: existing for name, (existing, _) in moved.items()} == {
-        first: [], second: [first], last: [second], "aligner": [last]}
-    assert [path.name for path in whole.glob("checkpoint-*")] == [last]
-    assert moved[last][1] == files(whole / last) and moved["aligner"][1] == files(whole / "aligner")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "replace", watch)
+        command(*run.train, run.out)
+    return run
 
-    # drawing images slows it down enough to be killed in time
-    process = subprocess.Popen([sys.executable, script, *arguments, str(killed), "--sample-every",
-                                "1", "--sample-steps", "4"], cwd=REPO, stderr=subprocess.DEVNULL)
-    while not (killed / first).exists():
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
-    assert not (killed / last).exists(), "killed too late to prove anything"
-    images = [np.asarray(Image.open(killed / f"sample-000000{step}.png")) for step in (1, 3)]
-    assert images[0].shape == (64, 2 * 64, 3) and (images[0] != images[1]).any()
-    # as a kill between the log and the checkpoint of step 7 would leave it
-    with (killed / "log.csv").open("a") as log:
-        log.write("7,9.9,,1e-3,1\n")
-    command(script, *arguments, killed, "--resume")
-    assert files(killed / last) == files(whole / last)
-    logs = [[list(row.values())[:4] for row in csv.DictReader((out / "log.csv").open())]
-            for out in (whole, killed)]
-    assert logs[0] == logs[1]
+
+FIRST, SECOND, LAST = (f"checkpoint-000000{step}" for step in (3, 6, 8))
+# a command line that is killed as it is about to rename its second checkpoint
+KILLED = f"""
+import importlib, os, signal, sys
+replace = os.replace
+def replace_or_die(source, target):
+    if str(target).endswith("{SECOND}"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(source, target)
+os.replace = replace_or_die
+del sys.argv[0]
+importlib.import_module(sys.argv[0].removesuffix(".py")).main()
+"""
+
+
+def test_checkpoints_appear_whole(run):
+    """A checkpoint is written elsewhere and renamed, and only then the one before it deleted."""
+    assert {name: existing for name, (existing, _) in run.moved.items()} == {
+        FIRST: [], SECOND: [FIRST], LAST: [SECOND], "aligner": [LAST]}
+    assert [path.name for path in run.out.glob("checkpoint-*")] == [LAST]
+    for name in (LAST, "aligner"):
+        assert run.moved[name][1] == files(run.out / name)
+    command(run.script, "explain", "--mini", "--no-picture", "--aligner", run.out / LAST)
+
+
+def old_state(run):
+    """state.json as the first version of this repository wrote it, with its own place."""
+    lvlm, home = run.script == "thinkdiff_lvlm.py", "/home/someone/thinkdiff/mini"
+    return {"step": 3, "data": str(run.data) if lvlm else [str(run.data)],
+            "vlm": f"{home}/{'qwen2-vl' if lvlm else 'clip'}", "t5": f"{home}/t5",
+            "batch_size": 8, "lr": 2e-3, "lr_end": 2e-4, "lr_horizon": 5, "warmup": 2,
+            "weight_decay": 0.5, "masking": "random", **({"features": "generated"} if lvlm else {}),
+            "norm": "t5", "hidden": None if lvlm else 512, "seed": 5, "held_out": 512}
+
+
+def test_resumes_bit_identical(run, tmp_path):
+    """A killed run; the same as an older version has left it; one whose models have moved."""
+    killed = tmp_path / "killed"
+    done = subprocess.run([sys.executable, "-c", KILLED, *run.train, killed], cwd=REPO,
+                          capture_output=True)
+    assert done.returncode == -signal.SIGKILL
+    # it has logged the steps since the first checkpoint and written the second one elsewhere
+    assert [row["step"] for row in read_log(killed)] == list("123456")
+    assert [path.name for path in killed.glob("checkpoint-*")] == [FIRST]
+    assert (killed / ".partial").exists()
+    old, moved = tmp_path / "old", tmp_path / "moved"
+    for other in (old, moved):
+        shutil.copytree(killed, other)
+    state = json.loads((killed / FIRST / "state.json").read_text())
+    models = {name: state[name] for name in ("vlm", "t5")}
+    assert state == {**old_state(run), **models}
+    (old / FIRST / "state.json").write_text(json.dumps(old_state(run)))
+    elsewhere = []
+    for name, path in models.items():
+        place = tmp_path / "elsewhere" / Path(path).name
+        shutil.copytree(path, place)
+        elsewhere += [f"--{name}", place]
+    shutil.copytree(models["t5"], tmp_path / "another-t5")
+    for name, value, said in (("seed", 6, "5, is 6"), ("batch-size", 4, "8, is 4"),
+                              ("t5", tmp_path / "another-t5", f"{models['t5']!r}, is")):
+        line = complaint(*run.train, killed, "--resume", f"--{name}", value)
+        assert f"with other settings: {name.replace('-', '_')} was {said}" in line
+
+    for out, more in ((killed, []), (old, []), (moved, elsewhere)):
+        command(*run.train, out, "--resume", *more)
+        found, expected = files(out / LAST), files(run.out / LAST)
+        if more:
+            del found["state.json"], expected["state.json"]
+        assert found == expected
+        logs = [[list(row.values())[:4] for row in read_log(path)] for path in (run.out, out)]
+        assert logs[0] == logs[1]
+        assert files(out / "aligner")["model.safetensors"] == expected["model.safetensors"]
+
+
+def test_compiled_training_is_the_same_but_for_roundings(run, tmp_path, count_graphs):
+    command(*run.train, tmp_path / "x", "--steps", 4, "--compile")
+    # LVLM: the decoder with gradient and without; CLIP: its tower, too; not one for every length
+    least, most = (1, 4) if run.script == "thinkdiff_lvlm.py" else (2, 6)
+    assert least <= len(count_graphs) <= most
+    compiled, plain = ([float(row["loss"]) for row in read_log(path)][:4]
+                       for path in (tmp_path / "x", run.out))
+    assert compiled == pytest.approx(plain, abs=1e-5)
+
+
+# ---------------------------------------------------------------- complaints
+def test_training_complaints(run, tmp_path):
+    def of(*flags, out=tmp_path / "x", code=1):
+        return complaint(*run.train, out, *flags, code=code)
+    lvlm = run.script == "thinkdiff_lvlm.py"
+    assert ("no training data in" if lvlm else "nothing does not exist") in of(
+        "--data", tmp_path / "nothing")
+    assert "already holds a training run" in of(out=run.out)
+    assert "nothing to resume" in of("--resume")
+    for flag in ("--t5", "--vlm"):
+        # LVLM's data holds the features, but the text of its tokens needs the VLM's tokenizer
+        assert "no/such-model" in of(flag, "no/such-model")
+    (tmp_path / "mine" / "aligner").mkdir(parents=True)
+    assert "already holds" in of(out=tmp_path / "mine")
+    (tmp_path / "file").write_text("kept")
+    of(out=tmp_path / "file" / "x")
+    assert (tmp_path / "file").read_text() == "kept"
+    of("--batch-size", "many", code=2)
+    assert "`explain --aligner OUT/checkpoint-STEP`" in of("--sample-every", 5)
+
+
+def test_complaints_about_features(tmp_path):
+    """Features of the prompt's tokens, and samples too short to be split."""
+    write_lvlm_data(tmp_path / "input", "input")
+    t = ("thinkdiff_lvlm.py", "train", *RECIPE, "--out", tmp_path / "x", "--data")
+    assert "pass --features input" in complaint(*t, tmp_path / "input")
+    meta = tmp_path / "input" / "meta.json"
+    short = {**json.loads(meta.read_text()), "features": "generated", "tokens": 1}
+    meta.write_text(json.dumps(short))
+    assert "at least 2" in complaint(*t, tmp_path / "input")

@@ -1,0 +1,203 @@
+"""The miniature: toy pictures and captions, and the stand-ins of the big models trained on them.
+
+    # picture-caption WebDataset tars: KEY.png, KEY.txt
+    python -m miniature draw --out data/mini --count 20000
+    # the 500 pictures in CoBSAT's folders, none of which is seen in training
+    python -m miniature cobsat --out data/cobsat
+    # rebuild miniature/weights: t5, vae, clip, vlm, flux (about four hours on two cores)
+    python -m miniature train
+    # only these
+    python -m miniature train clip vlm
+    # how good each stand-in is on held-out pictures
+    python -m miniature check --json results/check.json
+    # all 500 kinds of picture on one page
+    python -m miniature sheet --out outputs/world.png
+
+A stand-in is the real model's class with a tiny configuration; every script loads it by path like
+the real model. `train` resumes after a kill from what it left in build/.
+"""
+import argparse
+import io
+import json
+import multiprocessing
+import os
+import random
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+from PIL import Image
+from tqdm import tqdm
+
+import common
+from cobsat_eval import DETAILS, KINDS, NOUNS
+from common import UserError, cli_main, positive, write_atomically, write_json
+from miniature.world import SIZE, caption, draw
+
+# samples a tar
+TAR_SIZE = 1000
+# in an order in which each finds what it needs
+STAND_INS = ("t5", "vae", "clip", "vlm", "flux")
+CHECKS = ("t5", "clip", "vlm", "flux", "lvlm", "compose")
+# glibc otherwise returns a step's memory to the system and fetches it again in the next: FLUX
+# trains 3 times slower
+FAST_MALLOC = {
+    "MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33),
+    "MALLOC_TOP_PAD_": str(2**28), "OMP_NUM_THREADS": "1",
+}
+
+
+# ---------------------------------------------------------------- data
+def _write_tar(job):
+    path, first, count, seed = job
+
+    def write(temporary):
+        with tarfile.open(temporary, "w") as tar:
+            for number in range(first, first + count):
+                rng = random.Random(f"draw {seed} {number}")
+                kind = rng.choice(KINDS)
+                png = io.BytesIO()
+                draw(rng, *kind).save(png, "PNG")
+                text = caption(rng, *kind, create=rng.random() < 0.5)
+                for suffix, data in (("png", png.getvalue()), ("txt", text.encode())):
+                    member = tarfile.TarInfo(f"{number:07d}.{suffix}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+
+    write_atomically(path, write)
+
+
+def draw_data(args):
+    """`draw`: pictures of random kinds with captions, as tars of TAR_SIZE samples.
+
+    Tars that are there already are kept.
+    """
+    out = Path(args.out)
+    settings = {"count": args.count, "seed": args.seed}
+    settings_file = out / "drawn.json"
+    if settings_file.exists():
+        found = json.loads(settings_file.read_text())
+        if found != settings:
+            raise UserError(
+                f"{out} holds data drawn with {found}, not {settings}: choose another --out")
+    write_json(settings_file, settings)
+    jobs = []
+    for number, first in enumerate(range(0, args.count, TAR_SIZE)):
+        path = out / f"{number:05d}.tar"
+        if not path.exists():
+            jobs.append((path, first, min(TAR_SIZE, args.count - first), args.seed))
+    with multiprocessing.Pool() as pool:
+        for _ in tqdm(pool.imap_unordered(_write_tar, jobs), "drawing", len(jobs), unit="tar"):
+            pass
+    print(f"{args.count} pictures with captions: {out}")
+
+
+def draw_cobsat(args):
+    """`cobsat`: one picture of each kind in CoBSAT's layout, from seeds of its own."""
+    folder = Path(args.out) / "datasets"
+    for detail, value, noun in tqdm(KINDS, "drawing"):
+        image = draw(random.Random(f"cobsat {value} {noun}"), detail, value, noun)
+        jpeg = io.BytesIO()
+        image.save(jpeg, "JPEG", quality=95)
+        write_atomically(folder / f"{detail}_{noun}" / f"{value}_{noun}.jpg", jpeg.getvalue())
+    print(f"500 pictures: {folder}")
+
+
+def draw_sheet(args):
+    """`sheet`: a contact sheet of the 500 kinds, a row for each value, a column for each noun."""
+    cell = SIZE + 2
+    sheet = Image.new("RGB", (len(DETAILS) * 10 * cell, 10 * cell), "white")
+    for block, detail in enumerate(DETAILS):
+        for row, value in enumerate(DETAILS[detail]):
+            for column, noun in enumerate(NOUNS[detail]):
+                image = draw(random.Random(f"sheet {value} {noun}"), detail, value, noun)
+                sheet.paste(image, ((block * 10 + column) * cell, row * cell))
+    write_atomically(args.out, lambda temporary: sheet.save(temporary, "PNG"))
+    print(args.out)
+
+
+# ---------------------------------------------------------------- stand-ins
+def train(args):
+    """`train`: each stand-in in a process of its own; FLUX in two where there are two cores."""
+    names = args.names or STAND_INS
+    for name in names:
+        command = [sys.executable, "-m"]
+        if name == "flux" and (os.cpu_count() or 1) > 1:
+            command += ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
+        command.append(f"miniature.{name}")
+        print(f"[{name}]", " ".join(command[1:]), flush=True)
+        environment = {**os.environ, **FAST_MALLOC}
+        code = subprocess.run(command, cwd=common.REPO, env=environment).returncode
+        if code:
+            raise UserError(f"training of {name} ended with code {code}: see above; the same "
+                            "command resumes from the last saved state")
+    if "flux" in names:
+        # imports diffusers, which takes seconds
+        from miniature import flux
+        flux.assemble()
+
+
+def check(args):
+    """`check`: accuracy of each stand-in on pictures and texts that no training has seen."""
+    # imports all of the models' libraries, which takes seconds
+    from miniature import check as checks
+    checks.check(args)
+
+
+# ---------------------------------------------------------------- command line
+def one_of(names):
+    """An argparse type: one of `names`."""
+    # `choices` would refuse an empty list in Python 3.11 (nargs="*")
+    def parse(text):
+        if text not in names:
+            raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(names)}")
+        return text
+
+    return parse
+
+
+def add_command(commands, name, run, about):
+    """A subcommand whose help shows the defaults and whose args.run is `run`."""
+    parser = commands.add_parser(name, help=about, description=about,
+                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        prog="python -m miniature", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    p = add_command(commands, "draw", draw_data, "picture-caption tars")
+    p.add_argument("--out", default="data/mini", help="folder for the tars")
+    p.add_argument("--count", type=positive, default=20000, help="pictures")
+    p.add_argument("--seed", type=int, default=0, help="of kinds, pictures and captions")
+
+    p = add_command(commands, "cobsat", draw_cobsat, "the 500 pictures in CoBSAT's layout")
+    p.add_argument("--out", default="data/cobsat", help="folder")
+
+    p = add_command(commands, "sheet", draw_sheet, "contact sheet of the 500 kinds of picture")
+    p.add_argument("--out", default="outputs/world.png", help="PNG")
+
+    p = add_command(commands, "train", train, "rebuild the stand-ins in miniature/weights")
+    p.add_argument("names", nargs="*", type=one_of(STAND_INS), metavar="NAME",
+                   help=f"any of {', '.join(STAND_INS)} (none: all)")
+
+    p = add_command(commands, "check", check, "accuracy of the stand-ins on held-out pictures")
+    p.add_argument("names", nargs="*", type=one_of(CHECKS), metavar="NAME",
+                   help="t5, clip, vlm, flux; lvlm: all of ThinkDiff-LVLM; compose: of "
+                   "ThinkDiff-CLIP (none: all)")
+    p.add_argument("--aligner", default=common.MINI["aligner"], help="for lvlm")
+    p.add_argument("--clip-aligner", default=common.MINI["aligner-clip"], help="for compose")
+    p.add_argument("--count", type=positive, default=500, help="questions or pictures of each sort")
+    p.add_argument("--json", help="also write the figures to this file")
+
+    args = parser.parse_args()
+    args.run(args)
+
+
+if __name__ == "__main__":
+    cli_main(main)

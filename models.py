@@ -1,0 +1,162 @@
+"""The frozen models: loading a VLM, a CLIP or a T5; the VLM's inputs, sampling and features."""
+import torch
+import transformers
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    Blip2VisionModel,
+    CLIPVisionModel,
+    T5ForConditionalGeneration,
+)
+
+from common import (
+    UserError,
+    check_loaded,
+    decoder_tensors,
+    part_weights,
+    pretrained,
+    vision_tensors,
+)
+
+TOWERS = {"blip-2": Blip2VisionModel, "clip": CLIPVisionModel}
+
+
+def feature_width(path):
+    """d_vlm of a VLM; loads the config alone."""
+    return pretrained(AutoConfig, path).get_text_config().hidden_size
+
+
+# -------------------------------------------------------------------------------------------- T5
+def load_t5(path, device, dtype):
+    """A frozen T5ForConditionalGeneration in eval mode."""
+    t5, info = pretrained(T5ForConditionalGeneration, path, dtype=dtype, output_loading_info=True)
+    check_loaded(info, path, "a T5 encoder-decoder")
+    return t5.requires_grad_(False).eval().to(device)
+
+
+def load_t5_decoder(path, device, dtype):
+    """load_t5 without the encoder's blocks: decoder, lm_head and the encoder's final norm.
+
+    Half of the memory; of a sharded checkpoint only the shards that hold them are fetched."""
+    config = pretrained(AutoConfig, path)
+    # of the encoder; num_decoder_layers stays
+    config.num_layers = 0
+    weights = part_weights(path, decoder_tensors, dtype)
+    t5, info = T5ForConditionalGeneration.from_pretrained(
+        None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True)
+    check_loaded(info, path, "a T5 encoder-decoder")
+    return t5.requires_grad_(False).eval().to(device)
+
+
+# ------------------------------------------------------------------------------------------ CLIP
+def vision_tower(path):
+    """(class, config) of the vision tower of a BLIP-2 (EVA-CLIP ViT-g/14) or of a CLIP."""
+    config = pretrained(AutoConfig, path)
+    if config.model_type not in TOWERS:
+        raise UserError(f"{path} is a {config.model_type}, not a BLIP-2 or a CLIP: give a model "
+                        "with one of their vision towers")
+    return TOWERS[config.model_type], config.vision_config
+
+
+def load_clip(path, device, dtype):
+    """The frozen vision tower; only the shards that hold it are fetched and read.
+
+    Raises UserError if a weight is missing."""
+    tower, config = vision_tower(path)
+    weights = part_weights(path, vision_tensors, dtype)
+    clip, info = tower.from_pretrained(
+        None, config=config, state_dict=weights, key_mapping={r"^vision_model\.": ""}, dtype=dtype,
+        output_loading_info=True)
+    check_loaded(info, path, "its vision tower")
+    return clip.requires_grad_(False).eval().to(device)
+
+
+# ------------------------------------------------------------------------------------------- VLM
+def load_vlm(path, device, dtype, **options):
+    """(model, processor) of a frozen Qwen2-VL, Qwen2.5-VL or Qwen3-VL, from a folder or the hub.
+
+    options: of from_pretrained. Raises UserError for another model or missing weights."""
+    model, info = pretrained(AutoModelForImageTextToText, path, dtype=dtype,
+                             output_loading_info=True, **options)
+    check_loaded(info, path, "the VLM")
+    if not hasattr(getattr(getattr(model, "model", None), "language_model", None), "norm"):
+        kind = model.config.model_type
+        raise UserError(f"{path} is a {kind}: give a Qwen2-VL, Qwen2.5-VL or Qwen3-VL")
+    processor = pretrained(AutoProcessor, path)
+    # generation continues at the right end of each row
+    processor.tokenizer.padding_side = "left"
+    return model.to(device).eval().requires_grad_(False), processor
+
+
+def encode_messages(processor, conversations):
+    """The VLM's inputs for B conversations of any length, left-padded to P tokens."""
+    texts = [processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+             for chat in conversations]
+    contents = [message["content"] for chat in conversations for message in chat]
+    images = [part["image"] for content in contents if not isinstance(content, str)
+              for part in content if part["type"] == "image"]
+    return processor(text=texts, images=images or None, padding=True, return_tensors="pt")
+
+
+class NucleusSampler(transformers.LogitsProcessor):
+    """Sampling in which each of the B rows has a seed of its own, for model.generate.
+
+    So an answer does not depend on the rest of its batch, up to rounding. One uniform number
+    decides a token: the logits (B, V) become -inf everywhere but at the sampled one."""
+
+    def __init__(self, input_ids, max_new_tokens, temperature, top_p, seeds):
+        batch, self.prompt_length = input_ids.shape
+        seeds = seeds or torch.randint(2**62, (batch,)).tolist()
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        uniform = torch.stack([torch.rand(max_new_tokens, generator=g) for g in generators])
+        self.uniform = uniform.to(input_ids.device)  # (B, N)
+        self.temperature, self.top_p = temperature, top_p
+
+    def __call__(self, input_ids, logits):
+        probs = (logits.float() / self.temperature).softmax(-1)
+        probs, order = probs.sort(dim=-1, descending=True, stable=True)
+        mass_before = probs.cumsum(-1) - probs  # (B, V): of the likelier tokens
+        nucleus = torch.where(mass_before < self.top_p, probs, 0).sum(-1, keepdim=True)  # (B, 1)
+        u = self.uniform[:, input_ids.shape[1] - self.prompt_length, None]  # (B, 1)
+        rank = (mass_before <= u * nucleus).sum(-1, keepdim=True) - 1  # (B, 1)
+        return torch.full_like(logits, -torch.inf).scatter(-1, order.gather(-1, rank), 0)
+
+
+@torch.no_grad()
+def teacher_forced_features(model, inputs, y):
+    """The features x (B, N, d_vlm) of known answers y (B, N) in one forward pass of the VLM.
+
+    The same states as those of thinkdiff_lvlm.generate_with_features, up to rounding."""
+    # y_N predicts nothing that is needed
+    added = y[:, :-1]
+    appended = {"input_ids": added, "attention_mask": torch.ones_like(added),
+                "mm_token_type_ids": torch.zeros_like(added)}
+    longer = {name: torch.cat([inputs[name], tokens], dim=1) for name, tokens in appended.items()}
+    states = model.model(**{**inputs, **longer}, use_cache=False).last_hidden_state
+    # positions P-1 .. P+N-2 of prompt and answer
+    return states[:, -y.shape[1]:]
+
+
+@torch.no_grad()
+def prompt_features(model, inputs):
+    """Table 3's ablation: the final states of the prompts' own tokens, a list of (P_i, d_vlm)."""
+    states = model.model(**inputs, use_cache=False).last_hidden_state
+    masks = inputs["attention_mask"].bool()
+    return [state[mask] for state, mask in zip(states, masks, strict=True)]
+
+
+def recompute_features(vlm, samples, args):
+    """Of --tokens-only data: [(position, conversation, y)] -> [(position, x (N, d_vlm), y)]."""
+    model, processor = vlm
+    recomputed = []
+    for start in range(0, len(samples), args.micro_batch):
+        group = samples[start:start + args.micro_batch]
+        positions, conversations, ys = zip(*group, strict=True)
+        inputs = encode_messages(processor, conversations).to(model.device)
+        if args.features == "input":
+            x = prompt_features(model, inputs)
+        else:
+            x = teacher_forced_features(model, inputs, torch.stack(ys).to(model.device))
+        recomputed += zip(positions, (x_i.bfloat16() for x_i in x), ys, strict=True)
+    return recomputed

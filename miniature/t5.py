@@ -74,7 +74,8 @@ def build_tokenizer(out):
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -10.0)]
     for word in vocabulary():
         # a number has no capital
-        pieces += [(piece, -1.0) for piece in dict.fromkeys([f"▁{word}", f"▁{word.capitalize()}"])]
+        spellings = dict.fromkeys([f"▁{word}", f"▁{word.capitalize()}"])
+        pieces += [(piece, -1.0) for piece in spellings]
     pieces += [(mark, -1.0) for mark in ".,:;!?'\"()-"]
     pieces += [(letter, -10.0) for letter in letters + letters.upper() + "0123456789"]
     pieces += [(f"<extra_id_{i}>", 0.0) for i in reversed(range(SENTINELS))]

@@ -273,7 +273,8 @@ def run(request, tmp_path_factory):
     root, moved, replace = tmp_path_factory.mktemp("run"), {}, os.replace
     run = SimpleNamespace(script=request.param, data=root / "data", out=root / "out", moved=moved)
     WRITE_DATA[run.script](run.data)
-    run.train = (run.script, "train", *RECIPE, "--steps", "8", "--data", str(run.data), "--out")
+    run.train = (run.script, "train", *RECIPE, "--steps", "8", "--keep", "2", "--data",
+                 str(run.data), "--out")
 
     def watch(source, target):
         if Path(source).is_dir():
@@ -304,8 +305,8 @@ importlib.import_module(sys.argv[0].removesuffix(".py")).main()
 def test_checkpoints_appear_whole(run):
     """A checkpoint is written elsewhere and renamed, and only then the one before it deleted."""
     assert {name: existing for name, (existing, _) in run.moved.items()} == {
-        FIRST: [], SECOND: [FIRST], LAST: [SECOND], "aligner": [LAST]}
-    assert [path.name for path in run.out.glob("checkpoint-*")] == [LAST]
+        FIRST: [], SECOND: [FIRST], LAST: [FIRST, SECOND], "aligner": [SECOND, LAST]}
+    assert sorted(path.name for path in run.out.glob("checkpoint-*")) == [SECOND, LAST]
     for name in (LAST, "aligner"):
         assert run.moved[name][1] == files(run.out / name)
     command(run.script, "explain", "--mini", "--no-picture", "--aligner", run.out / LAST)

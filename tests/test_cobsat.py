@@ -382,6 +382,14 @@ def test_missing_and_broken_pictures_are_wrong_and_listed(copycat, images, tmp_p
     assert "3 missing or broken pictures" in (folder / "report.html").read_text()
 
 
+def test_a_mean_weights_all_tasks_alike():
+    """However many prompts a task has: 1 of 1 right and 0 of 3 right are a half."""
+    row = {"method": "m", "shots": 2, "task_id": 1, "picture": "ok"}
+    rows = [{**row, "task": "Color-I", "correct": 1}]
+    rows += [{**row, "task": "Color-II", "correct": 0}] * 3
+    assert cobsat_eval.score(rows, "vlm")["m"]["2"]["mean"]["correct"] == 0.5
+
+
 def test_statistics_and_ranking_of_typed_verdicts(base, images, tmp_path):
     """Of 60 answers to task t, only the detail is right in 2 t, only the noun in t, nothing in t.
 

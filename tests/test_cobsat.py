@@ -18,6 +18,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers import CLIPModel, CLIPProcessor
 
 import cobsat_eval
 import helpers
@@ -347,6 +348,13 @@ def test_scores_by_hand_and_swapped_pictures(copycat, images):
                 "correct": right, "clip_correct": by_clip, "agree": np.equal(right, by_clip),
                 "similarity": [float(row["similarity"]) for row in mine]}.items():
             assert cell[metric] == pytest.approx(sum(values) / 12, abs=1e-4)
+    # number 5 of task 5, with its own value and noun, by stock CLIP
+    p, clip = cobsat_eval.prompts(5, 2)[5], CLIPModel.from_pretrained(MINI["clip"])
+    file = copycat / f"exps/copycat_image/shot_2/default/task_5/{p.name}.jpg"
+    inputs = CLIPProcessor.from_pretrained(MINI["clip"])(
+        text=[" ".join(p.answer[1:])], images=Image.open(file), return_tensors="pt")
+    similarity = clip(**inputs).logits_per_image.item() / clip.logit_scale.exp().item()
+    assert float(rows[5]["similarity"]) == pytest.approx(similarity, abs=1e-3)
 
     # two right pictures that share neither noun nor value
     good = [row for row in rows if row["correct"] == row["clip_correct"] == "1"]

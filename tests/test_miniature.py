@@ -12,7 +12,7 @@ from cobsat_eval import KINDS, shown_word
 from common import REPO
 from helpers import command, complaint
 from miniature import __main__, check, flux, vlm
-from miniature.world import ING, PLACE, caption, draw, label
+from miniature.world import ING, PLACE, caption, draw, label, with_article
 from test_protocol import parsed
 
 WEIGHTS = REPO / "miniature/weights"
@@ -22,6 +22,7 @@ def test_the_world_is_cobsats():
     assert len(KINDS) == len(set(KINDS)) == 500
     assert label("style", "3d", "hat") == "wireframe hat"
     assert label("background", "park", "dog") == "amusement park dog"
+    assert [with_article(noun) for noun in ("apple", "car")] == ["an apple", "a car"]
 
 
 @pytest.mark.parametrize("create", [False, True])

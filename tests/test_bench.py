@@ -248,6 +248,20 @@ def test_a_way_that_does_not_fit_is_tried_with_less_and_one_that_fails_stops_no_
     assert json.loads((tmp_path / "r.json").read_text())["rows"] == [*rows.values()]
 
 
+def test_figures_and_bars_by_hand():
+    """The median of the steps; the smallest card of which the peak takes less than 95 %."""
+    job, ceilings = bench.Job(None, 4, 24, 1e12, 1e9), {"matmul_tflop_s": 1000, "copy_gb_s": 1000}
+    for peak, card in ((24.0, 24), (25.0, 48), (90.0, None)):
+        row = {}
+        bench.add_figures(row, job, [2.0, 9.0, 1.0], peak, ceilings)
+        assert (row["ms"], row["ms_min"], row["ms_max"], row["fits_gb"]) == (2.0, 1.0, 9.0, card)
+        assert (row["samples_s"], row["tokens_s"], row["of_matmul"]) == (2000, 12000, 0.5)
+    report = {"bars": []}
+    for value, sign in ((3, ">="), (1, ">="), (3, "<="), (1, "<="), (None, ">=")):
+        bench.check_bar(report, "what", value, sign, 2)
+    assert [bar["met"] for bar in report["bars"]] == [True, False, False, True, None]
+
+
 def test_difference_of_pictures():
     a, b = np.zeros((4, 4, 3), np.uint8), np.zeros((4, 4, 3), np.uint8)
     same = bench.difference([Image.fromarray(a)], [Image.fromarray(b)])

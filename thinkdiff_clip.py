@@ -45,8 +45,8 @@ from images import load_image, open_image
 
 # --------------------------------------------------------------------------- hyperparameters
 VARIANT = "clip"
-# Flag, type, full size, miniature, [source] and meaning. The miniature's toy vocabulary is learned
-# in far fewer steps than English, at a higher rate.
+# Flag, type, full size, miniature, meaning; from the [paper], the authors' code [release] or [ours].
+# The miniature's toy vocabulary is learned in far fewer steps than English, at a higher rate.
 TRAINING = [
     ("--steps", positive, 100_000, 5_000, "[paper] optimizer steps"),
     ("--batch-size", positive, 168, 64, "[paper] samples a step, over all processes: 4 x 42"),

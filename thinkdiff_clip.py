@@ -45,7 +45,7 @@ from images import load_image, open_image
 
 # --------------------------------------------------------------------------- hyperparameters
 VARIANT = "clip"
-# Flag, type, full size, miniature, meaning; from the [paper], the authors' code [release] or [ours].
+# Flag, type, full size, miniature, meaning: of the [paper], the authors' [release], or [ours].
 # The miniature's toy vocabulary is learned in far fewer steps than English, at a higher rate.
 TRAINING = [
     ("--steps", positive, 100_000, 5_000, "[paper] optimizer steps"),

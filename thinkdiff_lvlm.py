@@ -43,7 +43,7 @@ from images import open_image
 
 # --------------------------------------------------------------------------- hyperparameters
 VARIANT = "lvlm"
-# Flag, type, full size, miniature, meaning; from the [paper], the authors' code [release] or [ours].
+# Flag, type, full size, miniature, meaning: of the [paper], the authors' [release], or [ours].
 # The miniature's toy vocabulary is learned in far fewer steps than English, at a higher rate.
 FEATURES = ("--features", ("generated", "input"), "generated", "generated",
             "[paper] input: of the prompt's tokens (Table 3), for data prepared with this flag")

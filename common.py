@@ -41,12 +41,16 @@ MINI = {
 }
 
 
-def positive(text):
-    """An argparse type: a whole number above 0."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is below 1")
-    return number
+def at_least(lowest):
+    """An argparse type: a whole number that is not below `lowest`."""
+    def whole_number(text):
+        if int(text) < lowest:
+            raise argparse.ArgumentTypeError(f"{text} is below {lowest}")
+        return int(text)
+    return whole_number
+
+
+positive = at_least(1)
 
 
 # flag, type, full size, miniature, help

@@ -274,11 +274,11 @@ def read_contexts(args, read, example_line):
     before any model is loaded. Raises UserError if no context is left."""
     suffixes = (".mp4",) if is_video(args) else IMAGE_SUFFIXES
     images = [part["image"] for part in args.context if "image" in part]
-    text = "".join(part["text"] for part in args.context if "text" in part)
+    text = " ".join(part["text"] for part in args.context if "text" in part)
     folder, lines = Path(), [{"context": args.context, "image": images, "text": text}]
     if args.batch:
         folder, lines = Path(args.batch).parent, read_lines(args.batch)
-    elif not args.context:
+    elif not (images or text.strip()):
         if not args.example:
             raise UserError("no context: give --text and --image, --batch FILE.jsonl, or --mini "
                             "for the shipped example")

@@ -291,9 +291,9 @@ def generate(args):
     pipelines.pipeline_options(args)
     contexts, skipped = pipelines.read_contexts(args, read_context, EXAMPLE_LINE)
     device, dtype = pick_device()
-    d_vlm = models.vision_tower(args.vlm)[1].hidden_size
     aligner = None
     if any(c["images"] for c in contexts):
+        d_vlm = models.vision_tower(args.vlm)[1].hidden_size
         aligner = load_aligner(args.aligner, d_vlm, pipelines.prompt_width(args))
         aligner.to(device, dtype)
     # the frozen encoder has left memory when FLUX comes

@@ -332,9 +332,9 @@ def generate(args):
     pipelines.pipeline_options(args)
     contexts, skipped = pipelines.read_contexts(args, read_context, EXAMPLE_LINE)
     device, dtype = pick_device()
-    d_vlm = models.feature_width(args.vlm)
     aligner = None
     if not args.relay:
+        d_vlm = models.feature_width(args.vlm)
         aligner = load_aligner(args.aligner, d_vlm, pipelines.prompt_width(args))
         aligner.to(device, dtype)
     # the frozen encoder has left memory when FLUX comes
@@ -352,12 +352,12 @@ def explain(args):
     device, dtype = pick_device()
     model, processor = models.load_vlm(args.vlm, device, dtype)
     decode = functools.partial(processor.tokenizer.decode, skip_special_tokens=True)
-    chat = caption_messages(open_image(args.image), args.prompt)
+    chat = caption_messages(open_image(args.image), int(args.prompt))
     inputs = models.encode_messages(processor, [chat]).to(device)
     y, x, _ = generate_with_features(model, inputs, args.tokens, do_sample=False)
     y, x = y[0], x[0]  # (N,), (N, d_vlm)
     text, n_equal = decode(y), (model.lm_head(x).argmax(-1) == y).sum()
-    print(f"image    {args.image}\nprompt   {PROMPTS[args.prompt]}\nanswer   {text}\n\n"
+    print(f"image    {args.image}\nprompt   {PROMPTS[int(args.prompt)]}\nanswer   {text}\n\n"
           f"argmax lm_head(x_i) = y_i for {n_equal} of {len(y)} tokens\n")
     del model
 
@@ -397,8 +397,8 @@ def main():
 
     common.add_command(commands, "explain", explain, "walk one sample through the method", [
         ("--image", str, "image.jpg", f"{common.EXAMPLE}/white_car.png", "the sample's image"),
-        ("--prompt", int, 0, 0, "number of the prompt, 0 to 15"),
-        ("--tokens", positive, 64, 40, "[paper] N, as prepare_data.py generates them"),
+        ("--prompt", tuple(map(str, range(16))), 0, 0, "number of the prompt"),
+        ("--tokens", common.at_least(2), 64, 40, "[paper] N, as prepare_data.py generates them"),
         vlm, T5_FLAG, aligner, *INFERENCE[:1], *pipelines.FLUX_FLAGS, *inspection.FLAGS],
         masking="random", features="generated", norm="t5", hidden=None)
     args = parser.parse_args()

@@ -259,13 +259,21 @@ def test_complaints(tmp_path, monkeypatch, variant):
     for folder, said in (("narrow", "was made for a VLM of width 48"), ("a/b", "no aligner"),
                          ("thin", "was made for a T5 of width 16")):
         assert said in of("--aligner", tmp_path / folder)
-    assert "no context: give --text and --image, --batch FILE.jsonl, or --mini" in of(mini=())
+    for empty in ((), ("--text", "")):
+        line = of(*empty, mini=())
+        assert "no context: give --text and --image, --batch FILE.jsonl, or --mini" in line
     assert "no/such-model" in of("--vlm", "no/such-model")
     assert "gone.jsonl" in of("--batch", "gone.jsonl")
     for flag, wrong in (("size", "large"), ("seed", "much"), ("cache", "0"), ("cache", "-1"),
                         ("cache", "nan"), ("cache", "much")):
         of(f"--{flag}={wrong}", code=2)
+    if variant == "lvlm":
+        for wrong in ("--prompt=16", "--tokens=1"):
+            command("thinkdiff_lvlm.py", "explain", "--mini", wrong, code=2)
     if variant == "clip":
+        # without an image no CLIP is asked for
+        command("thinkdiff_clip.py", "generate", "--mini", "--vlm", "no/such-clip", "--steps", 1,
+                "--text", "a cat", "--out", tmp_path / "text.png")
         assert "1 image weights for 2 pictures" in of("--image-weight", 1, *TWO)
         assert ".mp4" in of("--video")
         of("--image-weight", "much", code=2)

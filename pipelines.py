@@ -13,7 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 import common
-from common import MINI, MODELS, UserError, positive
+from common import MINI, MODELS, UserError, number, positive
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 TORCHAO = "torchao==0.18.0"
@@ -57,13 +57,6 @@ PIPELINE_FLAGS = [
 ]
 
 
-def positive_number(text):
-    """An argparse type: a number above 0."""
-    if not float(text) > 0:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return float(text)
-
-
 class Interleave(argparse.Action):
     """Keeps --text and --image in the order in which they were typed, in args.context."""
 
@@ -100,7 +93,7 @@ def add_pipeline_flags(parser):
     group = parser.add_argument_group("memory and speed (all off: the stock pipeline)")
     common.add_flags(group, PIPELINE_FLAGS)
     group.add_argument(
-        "--cache", type=positive_number, metavar="THRESHOLD",
+        "--cache", type=number(float, 0, above=True), metavar="THRESHOLD",
         help="first-block cache: skip the other blocks in steps where the first one's output "
         "changed by less than this share; a larger threshold is faster and less faithful; the "
         "images of a batch skip together, so that each depends on the others")
@@ -286,12 +279,12 @@ def read_contexts(args, read, example_line):
     if args.out is None:
         args.out = Path("outputs") if args.batch else next_free_name(suffixes[0])
     contexts, skipped = [], 0
-    for number, line in enumerate(lines, 1):
+    for n_line, line in enumerate(lines, 1):
         try:
             item = json.loads(line) if isinstance(line, str) else line
             out = args.out
             if args.batch:
-                out = Path(item.get("out") or args.out / f"{number:05d}{suffixes[0]}")
+                out = Path(item.get("out") or args.out / f"{n_line:05d}{suffixes[0]}")
             context = read(item, folder, args)
             context |= {"out": out, "names": output_names(out, args, suffixes),
                         "seed": int(item.get("seed", args.seed))}
@@ -304,7 +297,7 @@ def read_contexts(args, read, example_line):
                 raise
             skipped += 1
             reason = error if isinstance(error, UserError) else f"not a line like {example_line}"
-            print(f"skipped {args.batch} line {number}: {reason}", file=sys.stderr)
+            print(f"skipped {args.batch} line {n_line}: {reason}", file=sys.stderr)
     if not contexts:
         raise UserError(f"{args.batch} holds no context that can be drawn")
     return contexts, skipped

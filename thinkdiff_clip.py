@@ -39,6 +39,7 @@ import inspection
 import models
 import pipelines
 import training_data
+import training_run
 from aligner import NORMS, Aligner, load_aligner
 from common import MODEL_FLAGS, T5_FLAG, UserError, pick_device, positive, pretrained
 from images import load_image, open_image
@@ -179,7 +180,7 @@ def new_optimizer(aligner, args):
 
 def train(args):
     """Random masked training: everything but the aligner is frozen (section 3.3, 3.4)."""
-    common.check_run_folder(args)
+    training_run.check_run_folder(args)
     device, dtype = pick_device()
     size = models.vision_tower(args.vlm)[1].image_size
     data = training_data.ImageCaptionDataset(
@@ -196,8 +197,8 @@ def train(args):
         t5.decoder.compile(dynamic=True)
     aligner = new_aligner(t5, clip.config.hidden_size, args)
     optimizer = new_optimizer(aligner, args)
-    step = common.load_checkpoint(args, aligner, optimizer) if args.resume else 0
-    log = common.TrainingLog(args, step, aligner, n_train, len(data) - n_train)
+    step = training_run.load_checkpoint(args, aligner, optimizer) if args.resume else 0
+    log = training_run.TrainingLog(args, step, aligner, n_train, len(data) - n_train)
     # the aligner's weights stay fp32; its products are in bf16 where the models are
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
@@ -245,7 +246,7 @@ def train(args):
             log.add_held_out(held_out_loss())
         if log.is_due(args.save_every):
             log.save()
-            common.save_checkpoint(args, log.step, aligner, optimizer)
+            training_run.save_checkpoint(args, log.step, aligner, optimizer)
     log.finish(aligner)
 
 

@@ -37,6 +37,7 @@ import inspection
 import models
 import pipelines
 import training_data
+import training_run
 from aligner import NORMS, Aligner, load_aligner
 from common import MODEL_FLAGS, T5_FLAG, pick_device, positive, pretrained
 from images import open_image
@@ -221,7 +222,7 @@ def new_optimizer(aligner, args):
 
 def train(args):
     """Random masked training: everything but the aligner is frozen (section 3.3, 3.4)."""
-    common.check_run_folder(args)
+    training_run.check_run_folder(args)
     device, dtype = pick_device()
     data = training_data.FeatureDataset(args.data, caption_messages, args)
     n_train = training_data.train_size(data, args.held_out)
@@ -234,8 +235,8 @@ def train(args):
         t5.decoder.compile(dynamic=True)
     aligner = new_aligner(t5, data.meta["d_vlm"], args)
     optimizer = new_optimizer(aligner, args)
-    step = common.load_checkpoint(args, aligner, optimizer) if args.resume else 0
-    log = common.TrainingLog(args, step, aligner, n_train, len(data) - n_train)
+    step = training_run.load_checkpoint(args, aligner, optimizer) if args.resume else 0
+    log = training_run.TrainingLog(args, step, aligner, n_train, len(data) - n_train)
     # the aligner's weights stay fp32; its products are in bf16 where the models are
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
@@ -283,7 +284,7 @@ def train(args):
             log.add_held_out(held_out_loss())
         if log.is_due(args.save_every):
             log.save()
-            common.save_checkpoint(args, log.step, aligner, optimizer)
+            training_run.save_checkpoint(args, log.step, aligner, optimizer)
     log.finish(aligner)
 
 
@@ -398,7 +399,7 @@ def main():
     common.add_command(commands, "explain", explain, "walk one sample through the method", [
         ("--image", str, "image.jpg", f"{common.EXAMPLE}/white_car.png", "the sample's image"),
         ("--prompt", tuple(map(str, range(16))), 0, 0, "number of the prompt"),
-        ("--tokens", common.at_least(2), 64, 40, "[paper] N, as prepare_data.py generates them"),
+        ("--tokens", common.number(int, 2), 64, 40, "[paper] N, as prepare_data.py generates them"),
         vlm, T5_FLAG, aligner, *INFERENCE[:1], *pipelines.FLUX_FLAGS, *inspection.FLAGS],
         masking="random", features="generated", norm="t5", hidden=None)
     args = parser.parse_args()

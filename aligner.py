@@ -9,14 +9,14 @@ x' lies in the space of T5's encoder outputs: T5's decoder reads it in training,
     aligner.save_pretrained("runs/lvlm/aligner")             # model.safetensors + config.json
     aligner = load_aligner("runs/lvlm/aligner")              # or a hub name, or an authors' .pth
 """
-import contextlib
 import os
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
+from transformers.utils import cached_file
 
-from common import UserError, first_line
+from common import UserError, first_line, read_json, read_pth, read_tensors
 
 NORMS = ("t5", "default", "none")  # the paper's initialisation, and the two ablations of Fig. 7
 CARD = """---
@@ -40,8 +40,8 @@ class Aligner(nn.Module, PyTorchModelHubMixin, license="mit", tags=["thinkdiff",
     def __init__(self, d_vlm: int, d_t5: int, norm: str = "t5", eps: float = 1e-6,
                  hidden: int | None = None):
         super().__init__()
-        if norm not in NORMS:
-            raise ValueError(f"norm must be one of {NORMS}, not {norm!r}")
+        if norm not in NORMS or not 0 < eps < 1:
+            raise ValueError(f"norm must be one of {NORMS} and 0 < eps < 1: {norm!r}, {eps!r}")
         self.d_vlm, self.d_t5, self.norm = d_vlm, d_t5, norm
         hidden = hidden or d_t5
         self.net = nn.Sequential(nn.Linear(d_vlm, hidden), nn.GELU(), nn.Linear(hidden, d_t5))
@@ -65,35 +65,36 @@ class Aligner(nn.Module, PyTorchModelHubMixin, license="mit", tags=["thinkdiff",
 RELEASED_KEYS = {f"mm_projector.{k}" for k in "0.weight 0.bias 2.weight 2.bias 3.weight".split()}
 
 
-def read_released(path):
-    """An Aligner (fp32) from an authors' .pth: {"model": {"mm_projector.0.weight": ..}, ..}.
-    Unpickles tensors and plain containers only. Raises UserError for any other file."""
+def assemble(path, config, weights):
+    """The Aligner(**config) (fp32, eval mode) with `weights`, {name: tensor}.
+
+    Raises UserError unless they fit together and all numbers are finite."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"no aligner at {path}: give a .pth file, a folder or a hub name") from None
-    except Exception as error:  # torch raises many kinds for a damaged or an unsafe file
-        reason = str(error).splitlines()[0][:90]
-        raise UserError(f"{path} cannot be read as a torch checkpoint with weights_only=True "
-                        f"({reason}): download it again") from None
-    model = state.get("model") if isinstance(state, dict) else None
-    if not isinstance(model, dict):
-        raise UserError(f"{path} has no entry 'model': it is not a released ThinkDiff checkpoint")
-    # DDP puts "module." in front
-    model = {name.removeprefix("module."): weight for name, weight in model.items()}
-    if model.keys() != RELEASED_KEYS:
-        raise UserError(f"{path} is not a released ThinkDiff aligner: missing "
-                        f"{sorted(RELEASED_KEYS - model.keys())}, unexpected "
-                        f"{sorted(model.keys() - RELEASED_KEYS)[:5]}")
-    weights = {name.replace("mm_projector", "net"): w.float() for name, w in model.items()}
-    d_t5, d_vlm = weights["net.0.weight"].shape
-    aligner = Aligner(d_vlm, d_t5)
-    try:
-        aligner.load_state_dict(weights)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise UserError(f"{path}: the tensors are of no aligner ({reason})") from None
+        # absurd widths cost no memory on "meta"
+        with torch.device("meta"):
+            aligner = Aligner(**config)
+        # copies, because the file may change; other numbers than floats are no weights
+        copies = {name: weight.to(torch.float32, copy=True) for name, weight in weights.items()
+                  if weight.is_floating_point()}
+        aligner.load_state_dict(copies, assign=True)
+        if not all(weight.isfinite().all() for weight in aligner.parameters()):
+            raise ValueError("not all numbers are finite")
+    except (RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).splitlines()[-1].strip()[:120]
+        raise UserError(f"{path} holds no aligner ({reason}): train or download it again") from None
     return aligner.eval()
+
+
+def read_released(path):
+    """The Aligner of an authors' .pth: {"model": {"mm_projector.0.weight": ..}, ..}."""
+    # DDP puts "module." in front
+    model = {name.removeprefix("module."): w for name, w in read_pth(path, "model").items()}
+    if model.keys() != RELEASED_KEYS:
+        raise UserError(f"{path} is not a released ThinkDiff aligner: missing or unexpected "
+                        f"{sorted(model.keys() ^ RELEASED_KEYS)[:5]}")
+    widths = zip(("d_t5", "d_vlm"), model["mm_projector.0.weight"].shape, strict=False)
+    weights = {name.replace("mm_projector", "net"): w for name, w in model.items()}
+    return assemble(path, dict(widths), weights)
 
 
 def load_aligner(path, d_vlm=None, d_t5=None):
@@ -101,18 +102,17 @@ def load_aligner(path, d_vlm=None, d_t5=None):
 
     Raises UserError if it cannot be read or its widths are not the caller's d_vlm and d_t5."""
     path = str(path)
-    if path.endswith((".pth", ".pt")):
+    if path.endswith((".pth", ".pt")) and os.path.isfile(path):
         aligner = read_released(path)
-    elif path.count("/") > 1 and not os.path.isdir(path):
-        raise UserError(f"no aligner at {path}: train one with thinkdiff_lvlm.py or "
-                        "thinkdiff_clip.py, or give a folder, a hub name or a .pth file")
     else:
         try:
-            with contextlib.redirect_stdout(None):  # the mixin prints a line
-                aligner = Aligner.from_pretrained(path, strict=True)
-        except Exception as error:  # damaged files and hub errors are of many kinds
-            raise UserError(f"{path} holds no aligner ({first_line(error)[:120]}): give the folder "
-                            "that `train` wrote, a name on the hub or a .pth file") from None
+            files = [cached_file(path, name) for name in ("config.json", "model.safetensors")]
+        except (OSError, ValueError) as error:
+            advice = "train one, or give its folder, its name on the hub or an authors' .pth file"
+            if os.path.isdir(f"{path}/aligner"):
+                advice = f"did you mean {path}/aligner?"
+            raise UserError(f"no aligner at {path}: {advice} ({first_line(error)})") from None
+        aligner = assemble(path, read_json(files[0]), read_tensors(files[1]))
     for what, have, want in (("a VLM", aligner.d_vlm, d_vlm), ("a T5", aligner.d_t5, d_t5)):
         if want is not None and have != want:
             raise UserError(f"aligner {path} was made for {what} of width {have}, but the one "

@@ -16,6 +16,8 @@ show the median and the range of all of them. A way that does not fit is a row t
 
 --out gets NAME.json (everything) and NAME.csv (the rows), written anew after each measurement.
 """
+import startup
+
 import argparse
 import copy
 import datetime
@@ -46,7 +48,7 @@ import prepare_data
 import thinkdiff_clip
 import thinkdiff_lvlm
 import training_data
-from common import MINI, first_line, positive, write_json
+from common import MINI, first_line, positive, write_atomically, write_json
 
 # ------------------------------- full size: the numbers of each model's config.json on the hub
 # google/flan-t5-xxl and t5-v1_1-xxl
@@ -589,7 +591,8 @@ def reading_job(_, args):
                for i, (x, y) in enumerate(random_samples(512, words, d_vlm, args))]
     settings = {"out": folder.name, "features": "generated", "tokens_only": False}
     prepare_data.write_shard(argparse.Namespace(**settings), "shard", samples, [])
-    write_json(f"{folder.name}/meta.json", settings)
+    write_json(f"{folder.name}/meta.json", {**settings, "tokens": args.tokens, "d_vlm": d_vlm})
+    write_atomically(f"{folder.name}/plan.jsonl", "\n" * len(samples))
     dataset, readers = training_data.FeatureDataset(folder.name), ThreadPoolExecutor(8)
     order = training_data.sample_order(len(dataset), args.seed, 0)
 
@@ -835,32 +838,31 @@ FLAGS = [
     ("--tokens", positive, 64, 64, "tokens in which an image is described"),
     ("--picture", positive, 504, 64, "px of an image that is described; 504 is 324 tokens"),
     ("--feature-batches", positive, [32, 128], [8, 32], "images described at once"),
-    ("--flux-sizes", positive, [512, 1024], [64, 128], "px of an image that is drawn"),
+    ("--flux-sizes", common.image_size, [512, 1024], [64, 128], "px of an image that is drawn"),
     ("--flux-batches", positive, [1, 2, 4, 8], [1, 4], "images drawn at once"),
     ("--flux-steps", positive, 28, 28, "denoising steps of an image"),
     ("--no-compile", bool, False, False, "leave out the ways with --compile, which take minutes"),
     ("--rounds", positive, 2, 2, "times that each way is built and measured"),
     ("--repeats", positive, 5, 5, "timed steps of a round"),
-    ("--seconds", float, 30, 5, "after which a round of a way begins no further step"),
+    ("--seconds", common.number(float, 0), 30, 5,
+     "after which a round of a way begins no further step"),
     ("--dtype", ("bfloat16", "float32"), None, None, "of our weights; None: bfloat16 on a GPU"),
-    ("--seed", int, 0, 0, "of samples and splits"),
+    ("--seed", common.seed, 0, 0, "of samples and splits"),
     ("--out", str, "results/bench-full", "results/bench-mini", "where to write, without ending"),
 ]
 
 
 def main():
     # --size decides the other defaults
-    size = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    size.add_argument("--size", choices=("mini", "full"), default="mini",
-                      help="the miniature's models, or the true architectures (default: mini)")
-    is_full = size.parse_known_args()[0].size == "full"
-    p = argparse.ArgumentParser(description=__doc__, parents=[size], allow_abbrev=False,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    is_full = "--size full" in " ".join(sys.argv).replace("=", " ")
+    p = common.Parser(description=__doc__)
+    p.add_argument("--size", choices=("mini", "full"), default="mini",
+                   help="the miniature's models, or the true architectures (default: mini)")
     p.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS),
                    help="what to measure (default: all)")
     for flag, kind, full, mini, text in FLAGS:
-        default, text = full if is_full else mini, f"{text} (default: %(default)s)"
-        common.add_flags(p, [(flag, kind, default, default, text)])
+        default = full if is_full else mini
+        common.add_flag(p, flag, kind, default, default, text)
     # of `train`
     p.set_defaults(masking="random", features="generated", norm="t5", hidden=None,
                    weight_decay=0.05)

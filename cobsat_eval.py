@@ -18,7 +18,8 @@ is resumable. In --out:
     verdicts/JUDGE/references.json, METHOD_image/shot_K/task_T.json    what the judges answered
     results.csv, results.json, results.md, judges.json, report.html, contact_sheet.png
 """
-import argparse
+import startup
+
 import base64
 import functools
 import hashlib
@@ -28,6 +29,7 @@ import json
 import random
 import re
 import shutil
+import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -47,12 +49,18 @@ from common import (
     MODEL_FLAGS,
     MODELS,
     REPO,
+    Parser,
     UserError,
     add_command,
     cli_main,
+    count,
+    lock_folder,
     pick_device,
     positive,
     pretrained,
+    pretrained_model,
+    read_json,
+    read_tensors,
     torchrun_ranks,
     write_atomically,
     write_csv,
@@ -62,7 +70,7 @@ from images import open_image
 from models import encode_messages, feature_width, load_vlm
 from pipelines import (
     FLUX_FLAGS,
-    add_pipeline_flags,
+    SPEED,
     generate_images,
     load_flux,
     pipeline_options,
@@ -214,7 +222,8 @@ def judge_question(detail, about_noun):
 
 def read_number(text):
     """All digits of an answer as one number, 0 without any, as CoBSAT's own code reads it."""
-    return int("".join(c for c in text if c in "0123456789") or 0)
+    # int() takes at most 4300
+    return int("".join(c for c in text if c in "0123456789")[:4300] or 0)
 
 
 def wanted_text(answer):
@@ -237,20 +246,43 @@ def features_file(args, p):
     return args.out / f"vlm_features/shot_{p.shots}/task_{p.task}/{p.name}.safetensors"
 
 
-def read_json(path):
-    """The content of a JSON file; {} where there is none."""
-    return json.loads(path.read_text()) if path.exists() else {}
+@functools.cache
+def warn(line):
+    """Prints a line on stderr, the same one only once."""
+    print(line, file=sys.stderr)
 
 
-def fingerprint(path):
+def read_if_sound(read, *args):
+    """read(*args); None if there is no file, or, with a warning, if it is damaged or not ours."""
+    try:
+        return read(*args)
+    except FileNotFoundError:
+        return None
+    except UserError as error:
+        return warn(str(error))
+
+
+def read_object(path, fields=()):
+    """The object in a JSON file, with `fields`, {name: type}; {} if there is none."""
+    return read_if_sound(read_json, path, dict(fields), "it is ignored") or {}
+
+
+# what models are loaded from
+MODEL_FILES = ".json .safetensors .bin .txt .model .jinja .pth .pt".split()
+
+
+def fingerprint(path, files=None):
     """Identifies a model or dataset wherever it lies: its name and a hash of its files' names,
     sizes and last 64 kB (hashing a whole model takes minutes; a retrained one differs everywhere).
-    What is not on this disk is identified by its name on the hub."""
+    What is not on this disk is identified by its name on the hub. files: None: a model's."""
     path = Path(path)
     if not path.exists():
         return str(path)
+    if files is None:
+        files = [file for file in (path, *path.rglob("*")) if file.suffix in MODEL_FILES
+                 and "/." not in str(file)[len(str(path)):]]
     digest = hashlib.blake2b(digest_size=8)
-    for file in sorted(f for f in [path, *path.rglob("*")] if f.is_file() and f.suffix != ".md"):
+    for file in sorted(file for file in files if file.is_file()):
         with file.open("rb") as opened:
             size = opened.seek(0, 2)
             opened.seek(max(0, size - 65536))
@@ -258,32 +290,37 @@ def fingerprint(path):
     return f"{path.name} {digest.hexdigest()}"
 
 
-def check_settings(args, folder, settings, patterns):
-    """Records `settings` in folder/settings.json below --out.
+def check_settings(args, folders):
+    """Records {folder: settings} in settings.json of the folders below --out.
 
-    Results made with other settings (they match the glob `patterns`) raise UserError, or with
+    Results made with other settings raise UserError, before anything is written, or with
     --overwrite are deleted. Rank 0 checks, the other ranks wait for it."""
-    file = args.out / folder / "settings.json"
+    files = {args.out / folder / "settings.json": settings for folder, settings in folders.items()}
     if torchrun_ranks()[0]:
-        wait_until(lambda: read_json(file) == settings)
+        wait_until(lambda: all(read_object(file) == files[file] for file in files))
         return
-    found = read_json(file)
-    if found == settings:
-        return
-    stale = [path for pattern in patterns for path in args.out.glob(pattern)]
-    if stale and not args.overwrite:
-        changed = [f"{name} {found.get(name)}, now {settings.get(name)}"
-                   for name in {**found, **settings} if found.get(name) != settings.get(name)]
-        made = f"with {'; '.join(changed)}" if found else "by something else"
-        raise UserError(f"{file.parent} was made {made}: repeat the settings, choose another "
-                        "--out, or --overwrite to make it anew")
+    new = {file: read_object(file) for file in files if read_object(file) != files[file]}
+    stale = []
+    for file, found in new.items():
+        made = [*file.parent.glob("shot_*"), *file.parent.glob("*_image"),
+                *file.parent.glob("references.json"),
+                *args.out.glob(f"verdicts/*/{file.parent.name}")]
+        stale += made
+        if made and not args.overwrite:
+            now = files[file]
+            changed = [f"{name} {found.get(name)}, now {now.get(name)}"
+                       for name in {**found, **now} if found.get(name) != now.get(name)]
+            made = f"with {'; '.join(changed)}" if found else "by something else"
+            raise UserError(f"{file.parent} was made {made}: repeat the settings, choose another "
+                            "--out, or --overwrite to make it anew")
     for path in stale:
         if path.is_dir():
             shutil.rmtree(path)
         else:
             path.unlink()
     # last: whatever is killed before leaves the old settings
-    write_json(file, settings)
+    for file in new:
+        write_json(file, files[file])
 
 
 def wait_until(ready):
@@ -308,7 +345,8 @@ def split_batches(items, size):
 def unfinished(batches, is_done):
     """The batches with a gap. They are computed again whole: the last bits of an item depend on its
     batch, and a resumed run ends with the same bits as one that was never stopped."""
-    return [batch for batch in batches if not all(is_done(item) for item in batch)]
+    # a list: all the damaged ones of a batch are named
+    return [batch for batch in batches if not all([is_done(item) for item in batch])]
 
 
 def progress(batches, label):
@@ -323,7 +361,8 @@ METHODS = ["thinkdiff", "relay", "oracle"]
 def generate_settings(args):
     """{folder below --out: its settings}: all that decides the VLM's answers and the images."""
     vlm = {"vlm": fingerprint(args.vlm), "instruction": INSTRUCTION,
-           "max_new_tokens": args.max_new_tokens, "images": fingerprint(args.images / "datasets")}
+           "max_new_tokens": args.max_new_tokens, "images": fingerprint(
+               args.images / "datasets", [args.images / reference_file(*kind) for kind in KINDS])}
     flux = {"scale": args.scale, "flux": fingerprint(args.flux)}
     for name in ("size", "steps", "guidance", "true_cfg", "seed"):
         flux[name] = getattr(args, name)
@@ -344,7 +383,7 @@ def generate_settings(args):
 def answer_prompts(args, mine):
     """Writes the VLM's greedy answer to each prompt: features (n, d_vlm) and text, a file each."""
     batches = split_batches(mine, args.batch_size)
-    batches = unfinished(batches, lambda p: features_file(args, p).exists())
+    batches = unfinished(batches, lambda p: read_if_sound(read_answer, args, p))
     if not batches:
         return
     device, dtype = pick_device()
@@ -368,19 +407,23 @@ def answer_prompts(args, mine):
 
 def read_answer(args, p):
     """(features (n, d_vlm), text, seconds) of the VLM's answer to a prompt."""
-    with safe_open(features_file(args, p), "pt") as file:
-        note = file.metadata()
-        return file.get_tensor("x"), note["words"], float(note["seconds"])
+    file, advice = features_file(args, p), "run `generate` again, which makes it anew"
+    x = read_tensors(file, advice).get("x", torch.empty(0))
+    with safe_open(file, "pt") as opened:
+        note = opened.metadata() or {}
+    try:
+        if x.shape[1:] != (args.d_vlm,) or not len(x):
+            raise ValueError
+        return x, note["words"], float(note["seconds"])
+    except (KeyError, ValueError):
+        raise UserError(f"{file} is no answer of {args.vlm}: {advice}") from None
 
 
 def image_batches(args, method, mine):
     """Batches still to be drawn, each of prompt embeddings of one length: FLUX has no text mask."""
     by_length = {}
     for p in mine:
-        length = args.t5_length
-        if method == "thinkdiff":
-            with safe_open(features_file(args, p), "pt") as file:
-                length = file.get_slice("x").get_shape()[0]
+        length = len(read_answer(args, p)[0]) if method == "thinkdiff" else args.t5_length
         by_length.setdefault(length, []).append(p)
     batches = []
     for _, same in sorted(by_length.items()):
@@ -430,14 +473,13 @@ def generate(args):
     if rank == 0 and (args.out / "thoughts").is_dir():
         (args.out / "thoughts").rename(args.out / "vlm_features")
     all_settings = generate_settings(args)
-    for folder, settings in all_settings.items():
-        check_settings(args, folder, settings,
-                       [f"{folder}/shot_*", f"verdicts/*/{folder.removeprefix('exps/')}"])
-    aligner = None
+    # wrong models are known before anything is written and before the VLM has worked for hours
+    d_t5, aligner = prompt_width(args), None
+    if "vlm_features" in all_settings:
+        args.d_vlm = feature_width(args.vlm)
     if "thinkdiff" in args.method:
-        # now, so that a wrong aligner is known before the VLM has worked for hours
-        aligner = load_aligner(args.aligner, feature_width(args.vlm), prompt_width(args))
-        aligner.to(*pick_device())
+        aligner = load_aligner(args.aligner, args.d_vlm, d_t5).to(*pick_device())
+    check_settings(args, all_settings)
     if "vlm_features" in all_settings:
         answer_prompts(args, mine)
     work = {method: image_batches(args, method, mine) for method in args.method}
@@ -459,7 +501,7 @@ JUDGE_TOKENS = 32
 def load_vlm_judge(path, device, dtype):
     """CoBSAT's judge: a function (B PIL images, B answers) -> B x {"detail", "object"}, the texts
     of its greedy answers to the two questions."""
-    model = pretrained(AutoModelForImageTextToText, path, dtype=dtype)
+    model = pretrained_model(AutoModelForImageTextToText, path, dtype=dtype)
     model.to(device).eval()
     processor = pretrained(AutoProcessor, path)
     processor.tokenizer.padding_side = "left"
@@ -488,7 +530,7 @@ def load_vlm_judge(path, device, dtype):
 def load_clip_judge(path, device, dtype):
     """CoBSAT's CLIP judge, called like load_vlm_judge's; it answers with the options' numbers and
     the "similarity" (cosine) to "{value} {noun}"."""
-    model = pretrained(CLIPModel, path, dtype=dtype).to(device).eval()
+    model = pretrained_model(CLIPModel, path, dtype=dtype).to(device).eval()
     processor = pretrained(CLIPProcessor, path)
 
     @functools.cache
@@ -505,6 +547,8 @@ def load_clip_judge(path, device, dtype):
         inputs = processor(images=images, return_tensors="pt").to(device, dtype)
         # (B, d_clip)
         embeds = normalize(model.get_image_features(**inputs).pooler_output.float(), dim=-1)
+        if not embeds.isfinite().all():
+            raise UserError(f"{path} gives numbers that are not finite: download it again")
         said = []
         for x, (detail, value, noun) in zip(embeds, answers, strict=True):
             similarity = (embed_texts(f"{value} {noun}") @ x).item()
@@ -517,6 +561,9 @@ def load_clip_judge(path, device, dtype):
 
 LOAD_JUDGE = {"vlm": load_vlm_judge, "clip": load_clip_judge}
 JUDGES = list(LOAD_JUDGE)
+# of a verdict that is no error
+ANSWERS = {"vlm": {"detail": str, "object": str},
+           "clip": {"detail": str, "object": str, "similarity": float}}
 
 
 class JudgingTask(NamedTuple):
@@ -531,7 +578,8 @@ def judging_tasks(args):
     """[JudgingTask]: the 500 reference images, then those of --models or of all that are there."""
     items = [(reference_file(*kind), args.images / reference_file(*kind), kind) for kind in KINDS]
     out = [JudgingTask("references.json", None, items)]
-    found = sorted(path.name.removesuffix("_image") for path in args.out.glob("exps/*_image"))
+    found = sorted(path.parent.name.removesuffix("_image")
+                   for path in args.out.glob("exps/*_image/shot_*"))
     if not (args.models or found):
         raise UserError(f"no results in {args.out}: expected {args.out}/exps/MODEL_image/shot_K/"
                         "default/task_T, as `generate` writes them")
@@ -553,19 +601,30 @@ def judging_tasks(args):
 def read_verdicts(args, task):
     """{judge: {name: verdict}}; a verdict holds the hash of the image file ("file") and "detail"
     and "object", the judge's answers, or "error"."""
-    return {name: read_json(args.out / "verdicts" / name / task.verdict_file)
+    read = {name: read_object(args.out / "verdicts" / name / task.verdict_file)
             for name in args.judge}
+    return {judge: {name: verdict for name, verdict in verdicts.items()
+                    if is_verdict(verdict, judge)} for judge, verdicts in read.items()}
+
+
+def is_verdict(verdict, judge):
+    """Whether it is as run_judge writes it; what is not is judged again."""
+    if not isinstance(verdict, dict) or "file" not in verdict:
+        return False
+    fields = {"error": str} if "error" in verdict else ANSWERS[judge]
+    return all(isinstance(verdict.get(name), kind) for name, kind in fields.items())
 
 
 def read_image(path):
     """(verdict without answers, PIL image); a missing or broken image is None and an "error"."""
-    if not path.exists():
-        return {"file": None, "error": "missing"}, None
-    data = path.read_bytes()
-    verdict = {"file": hashlib.blake2b(data, digest_size=8).hexdigest()}
+    verdict = {"file": None}
+    if not path.is_file():
+        return {**verdict, "error": "missing"}, None
     try:
+        data = path.read_bytes()
+        verdict["file"] = hashlib.blake2b(data, digest_size=8).hexdigest()
         return verdict, open_image(data, path)
-    except UserError as error:
+    except (OSError, UserError) as error:
         return {**verdict, "error": str(error)}, None
 
 
@@ -605,6 +664,12 @@ def run_judge(args, name, path, tasks):
                 write_json(args.out / "verdicts" / name / task.verdict_file, verdicts)
 
 
+def judge_paths(args):
+    """{judge: its model} for --judge. Raises UserError if one is not there; loads configs alone."""
+    paths = {"vlm": args.judge_vlm, "clip": args.judge_clip}
+    return {name: paths[name] for name in args.judge if feature_width(paths[name])}
+
+
 def judge(args):
     """`judge`: each judge's verdicts on the reference images and on this rank's share of tasks."""
     references, *tasks = judging_tasks(args)
@@ -613,12 +678,11 @@ def judge(args):
     tasks = tasks[rank::world_size]
     if rank == 0:
         tasks.insert(0, references)
-    paths = {"vlm": args.judge_vlm, "clip": args.judge_clip}
-    for name in args.judge:
-        check_settings(args, f"verdicts/{name}", {"model": fingerprint(paths[name])},
-                       [f"verdicts/{name}/*_image", f"verdicts/{name}/references.json"])
-    for name in args.judge:
-        run_judge(args, name, paths[name], tasks)
+    paths = judge_paths(args)
+    check_settings(args, {f"verdicts/{name}": {"model": fingerprint(path)}
+                          for name, path in paths.items()})
+    for name, path in paths.items():
+        run_judge(args, name, path, tasks)
 
 
 # ---------------------------------------------------------------- score
@@ -755,8 +819,8 @@ PUBLISHED = {
 
 def scale_of(args, model):
     """The scale in a model's settings.json; --scale for one that another project wrote."""
-    settings = read_json(args.out / f"exps/{model}_image/settings.json")
-    return settings.get("scale", args.scale)
+    file = args.out / f"exps/{model}_image/settings.json"
+    return read_object(file, {"scale": str}).get("scale", args.scale)
 
 
 def with_interval(cell, metric):
@@ -872,13 +936,14 @@ def gallery_card(args, p, rows):
     drawn = {}
     for row in rows:
         file = image_file(args, row["method"], p)
+        note = read_object(file.with_suffix(".json"), {"description": str})
         judges = {}
         for judge in args.judge:
             right = row["correct" if judge == args.judge[0] else f"{judge}_correct"]
             judges[judge] = [right, row[f"{judge}_says"] or row["picture"]]
         drawn[row["method"]] = {
             "picture": data_url(file), "right": row["correct"], "judges": judges,
-            "said": read_json(file.with_suffix(".json")).get("description", ""),
+            "said": note.get("description", ""),
             "disagree": row.get("agree") == 0}
     return {"task": TASKS[p.task].name, "shots": str(p.shots), "name": p.name, "words": p.words,
             "pictures": p.pictures, "wanted": wanted_text(p.answer), "drawn": drawn}
@@ -942,6 +1007,7 @@ def write_contact_sheet(args, methods):
 # ---------------------------------------------------------------- command line
 def run_all(args):
     """`run`: generate, judge and table; a rank goes on when the others have made what it needs."""
+    judge_paths(args)
     generate(args)
     items = list(itertools.product(args.method, selected_prompts(args)))
     wait_until(lambda: all(is_complete(args, method, p) for method, p in items))
@@ -952,61 +1018,60 @@ def run_all(args):
         table(args)
 
 
-# {subcommands: their flags, as rows of add_flags}
+# {title: (subcommands, rows of add_flags)}
 FLAGS = {
-    "run generate judge table": [
+    "questions": ("run generate judge table", [
         ("--images", Path, Path("data/cobsat"), Path("data/cobsat"),
          "folder that holds CoBSAT's `datasets` folder"),
         ("--shots", tuple("12345678"), ["2", "4"], ["2", "4"], "demonstrations in a prompt"),
         ("--tasks", ("all", *map(str, TASKS)), ["all"], ["all"], "1..10, or all"),
-        ("--limit", positive, 1000, 100, "prompts of each task and shot count"),
+        ("--limit", count, 1000, 100, "prompts of each task and shot count"),
         ("--scale", ("full size", "miniature"), "full size", "miniature",
          "ranking for results without settings.json"),
-    ],
-    "run generate": [
+    ]),
+    "drawing": ("run generate", [
         ("--out", Path, Path("results/full"), Path("results/mini"), "folder of results"),
         ("--method", tuple(METHODS), METHODS[:1], METHODS[:1], "what to evaluate"),
         *MODEL_FLAGS["lvlm"],
         *(row for row in INFERENCE if row[0] in ("--max-new-tokens", "--size", "--t5-length")),
         *FLUX_FLAGS,
-    ],
-    "run generate judge": [
+    ]),
+    "run": ("run generate judge", [
         ("--overwrite", bool, False, False, "delete what was made with other settings"),
         ("--batch-size", positive, 8, 32, "prompts or images computed together"),
-    ],
-    "judge table": [
+    ]),
+    "results": ("judge table", [
         ("--results", Path, Path("results/full"), Path("results/mini"), "folder of results"),
         ("--models", str, [], [], "methods or other projects' models; default: all there are"),
-    ],
-    "run judge table": [
+    ]),
+    "judges": ("run judge table", [
         ("--judge", tuple(JUDGES), JUDGES, JUDGES, "the first is the primary judge"),
-    ],
-    "run judge": [
+    ]),
+    "models of the judges": ("run judge", [
         ("--judge-vlm", str, MODELS["judge-vlm"], MINI["vlm"], "image-text-to-text model"),
         ("--judge-clip", str, MODELS["judge-clip"], MINI["clip"], "CLIP path or hub name"),
-    ],
-    "run table": [
-        ("--gallery", positive, 100, 100, "prompts of each task and shot count in report.html"),
-    ],
+    ]),
+    "report": ("run table", [
+        ("--gallery", count, 100, 100, "prompts of each task and shot count in report.html"),
+    ]),
+    **{title: ("run generate", rows) for title, rows in SPEED.items()},
 }
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, run in {"run": run_all, "generate": generate, "judge": judge, "table": table}.items():
-        rows = [row for names, rows in FLAGS.items() if name in names.split() for row in rows]
-        p = add_command(commands, name, run, run.__doc__.splitlines()[0], rows)
-        if run in (run_all, generate):
-            add_pipeline_flags(p)
+        groups = {title: rows for title, (names, rows) in FLAGS.items() if name in names.split()}
+        add_command(commands, name, run, run.__doc__.splitlines()[0], groups)
     args = parser.parse_args()
     if "results" in args:
         args.out = args.results
     args.shots = sorted({int(shots) for shots in args.shots})
     args.tasks = sorted(TASKS if "all" in args.tasks else {int(task) for task in args.tasks})
+    lock_folder(args.out)
     args.run(args)
 
 
 if __name__ == "__main__":
-    cli_main(main)
+    cli_main(main, "the same command goes on from what is on disk")

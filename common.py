@@ -1,5 +1,7 @@
 """What every script shares: model paths, flags, one-line errors, devices and processes, loading
 parts of checkpoints, files that are checked when read and written atomically, locked folders."""
+import startup
+
 import argparse
 import contextlib
 import csv
@@ -8,8 +10,13 @@ import io
 import json
 import math
 import os
+import pickletools
+import re
+import signal
 import sys
+import time
 import traceback
+import zipfile
 from pathlib import Path
 
 import torch
@@ -17,6 +24,7 @@ import torch.distributed as dist
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers.utils import cached_file, has_file
 
 # -------------------------------------------------------------------------- models and flags
@@ -40,24 +48,52 @@ MINI = {
 }
 
 
-def number(kind, lowest, highest=math.inf, above=False):
-    """An argparse type: a finite `kind` (int, float) in [lowest, highest]; above: not `lowest`."""
+def number(kind, lowest, highest=10**9, above=False, step=None):
+    """An argparse type: a `kind` (int, float) from `lowest` (above: not itself) to `highest`.
+
+    step: only lowest, lowest + step, lowest + 2 * step, ..."""
     def convert(text):
         value = kind(text)
-        if not math.isfinite(value):
-            raise argparse.ArgumentTypeError(f"{text} is no finite number")
-        if value < lowest or value > highest or (above and value == lowest):
-            limits = f"{'above' if above else 'at least'} {lowest}"
-            limits += f" and at most {highest}" if highest < math.inf else ""
-            raise argparse.ArgumentTypeError(f"{text} is not {limits}")
+        # nan is in no range
+        inside = lowest <= value <= highest and not (above and value == lowest)
+        if not inside or (step and (value - lowest) % step):
+            least, steps = "above" if above else "at least", f", in steps of {step}" if step else ""
+            raise argparse.ArgumentTypeError(
+                f"{text} is not {least} {lowest} and at most {highest}{steps}")
         return value
     convert.__name__ = kind.__name__
     return convert
 
 
-positive = number(int, 1)
+def text(value):
+    """An argparse type: a string that is not blank."""
+    if not value.strip():
+        raise argparse.ArgumentTypeError("the value is empty")
+    return value
+
+
+def utf8(value):
+    """An argparse type: a text for a model, which reads no other bytes."""
+    text(value).encode()
+    return value
+
+
+def path(value):
+    """An argparse type: a Path."""
+    return Path(text(value))
+
+
+# lengths, sizes of batches, threads
+positive = number(int, 1, 100_000)
+# steps and samples
+count = number(int, 1)
 # torch's generators take 64 bits; seeds count up from here
 seed = number(int, 0, 2**62)
+# FLUX draws patches of 16 x 16 pixels
+image_size = number(int, 16, 8192, step=16)
+nucleus = number(float, 0, 1, above=True)
+# FLUX's longest prompt
+t5_length = number(int, 1, 512)
 
 
 # flag, type, full size, miniature, help
@@ -76,32 +112,65 @@ MODEL_FLAGS = {
 # Flags of `train` that do not belong to the method; those that do stand in the variants.
 RUN_FLAGS = [
     ("--resume", bool, False, False,
-     "resume from the last checkpoint in --out, bit for bit as if never stopped"),
+     "go on from the last checkpoint in --out, bit for bit as if never stopped; or start"),
     ("--workers", positive, 8, 2, "threads of a process that read samples ahead"),
-    ("--held-out", positive, 512, 512, "samples kept for the held-out loss (at most a tenth)"),
-    ("--log-every", positive, 10, 10, "steps between rows of log.csv"),
-    ("--eval-every", positive, 500, 100, "steps between held-out losses"),
-    ("--save-every", positive, 500, 100, "steps between checkpoints"),
-    ("--keep", positive, 2, 2, "checkpoints kept"),
+    ("--held-out", count, 512, 512, "samples kept for the held-out loss (at most a tenth)"),
+    ("--log-every", count, 10, 10, "steps between rows of log.csv"),
+    ("--eval-every", count, 500, 100, "steps between held-out losses"),
+    ("--save-every", count, 500, 100, "steps between checkpoints"),
+    ("--keep", count, 2, 2, "checkpoints kept"),
     ("--compile", bool, False, False,
      "torch.compile the frozen models: faster steps, slow start, the loss changes by rounding"),
-    ("--seed", int, 0, 0, "seed of the initialisation, the order of samples and the splits"),
+    ("--seed", seed, 0, 0, "seed of the initialisation, the order of samples and the splits"),
 ]
 
 
-def add_flags(parser, rows):
-    """Adds one argument for each row (flag, type, full-size default, miniature default, help).
+class Parser(argparse.ArgumentParser):
+    """argparse's, with errors of one line, which name the nearest flag."""
+
+    def __init__(self, **options):
+        # no abbreviations: --min would be taken for --mini, but with the full-size defaults
+        super().__init__(allow_abbrev=False, **options,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def parse_known_args(self, args=None, namespace=None):
+        """Refuses unknown flags here, where a subcommand still knows its own."""
+        namespace, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            # the value of an unknown flag is unknown, too
+            flag = next((word for word in unknown if word.startswith("-")), unknown[0])
+            self.error(startup.unknown_flag(flag, self._option_string_actions))
+        return namespace, unknown
+
+    def error(self, message):
+        startup.print_once(f"{self.prog}: error: {message} (see --help)")
+        self.exit(2)
+
+
+def add_flags(parser, groups):
+    """Adds groups of flags, {title: rows of (flag, type, full-size default, miniature default,
+    help)}.
 
     type: bool is a switch, a tuple lists the choices; a list as default takes several values.
     `--mini` on the command line selects the second default; flags that are given win."""
-    for flag, kind, full, mini, text in rows:
-        default = mini if is_mini() else full
-        if kind is bool:
-            parser.add_argument(flag, action="store_true", help=text)
-        else:
-            nargs = "+" if isinstance(full, list) else None
-            allowed = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
-            parser.add_argument(flag, nargs=nargs, default=default, help=text, **allowed)
+    for title, rows in groups.items():
+        group = parser.add_argument_group(title)
+        for row in rows:
+            add_flag(group, *row)
+
+
+def add_flag(parser, flag, kind, full, mini, about):
+    """Adds a row of add_flags; its help ends with the default."""
+    if kind is bool:
+        parser.add_argument(flag, action="store_true", help=about)
+        return
+    default = mini if is_mini() else full
+    if default not in (None, []):
+        about += " (default: %(default)s)"
+    nargs = "+" if isinstance(full, list) else None
+    kind = {str: text, Path: path}.get(kind, kind)
+    allowed = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
+    parser.add_argument(flag, nargs=nargs, default=default, help=about, **allowed)
 
 
 def is_mini():
@@ -109,14 +178,13 @@ def is_mini():
     return "--mini" in sys.argv[1:]
 
 
-def add_command(commands, name, run, about, rows, **defaults):
-    """A subcommand with the flags `rows` and --mini; its help shows the defaults."""
-    # no abbreviations: --min would be taken for --mini, but with the full-size defaults
-    parser = commands.add_parser(name, help=about, description=about, allow_abbrev=False,
-                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+def add_command(commands, name, run, about, groups, **defaults):
+    """A subcommand with --mini and groups of flags, {title: rows}."""
+    parser = commands.add_parser(name, help=about, description=about,
+                                 usage="%(prog)s [FLAGS]")
     parser.add_argument("--mini", action="store_true",
                         help="use the miniature's models (with --help: show its defaults)")
-    add_flags(parser, rows)
+    add_flags(parser, groups)
     parser.set_defaults(run=run, **defaults)
     return parser
 
@@ -145,75 +213,129 @@ ADVICE = {
 }
 
 
-def cli_main(main):
-    """Calls main(). What the user can put right ends as one line on stderr and exit code 1.
+def user_message(error):
+    """What to tell the user about an exception; None if it is a bug."""
+    reason = first_line(error)
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, BrokenPipeError):
+        # nobody reads on, as in `... | head`
+        return ""
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        reason = first_line(error.strerror or error)
+        return f"{where}{reason}{ADVICE.get(error.errno, '')}"
+    # the libraries have no types of their own for some errors
+    if "EADDRINUSE" in str(error):
+        return ("the port is in use: start with `torchrun --standalone` (any free port) or another "
+                "--master-port")
+    memory = "can't allocate memory" in str(error)
+    if memory or isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return f"out of memory: use a smaller --batch-size (or --micro-batch). {reason}"
+    full = "No space left" in str(error)
+    if full or isinstance(error, SafetensorError):
+        return reason + ADVICE[errno.ENOSPC] * full
+    return None
 
-    Ctrl-C exits with 130, argparse's own errors with 2. THINKDIFF_DEBUG=1 shows the traceback."""
+
+def cli_main(main, *after_interrupt):
+    """Calls main(). What the user can put right ends as one line on stderr and exit code 1, once
+    for all processes of a machine. THINKDIFF_DEBUG=1 shows the traceback.
+
+    Ctrl-C exits with 130 and says after_interrupt, argparse's own errors exit with 2."""
     # the libraries warn about what these scripts do on purpose, such as leaving out T5's encoder;
     # diffusers is not installed everywhere (prepare_data.py --backend vllm)
     for library in ("transformers", "diffusers"):
         if library in sys.modules:
             sys.modules[library].utils.logging.set_verbosity_error()
+    # startup has left Ctrl-C to the system
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    message, code = "", 0
     try:
         for flag in {arg.split("=")[0] for arg in sys.argv} & REMOVED_FLAGS.keys():
             raise UserError(f"{flag} was removed: {REMOVED_FLAGS[flag]}")
-        return main()
+        main()
+        sys.stdout.flush()
+    except SystemExit as stop:
+        code = stop.code
     except KeyboardInterrupt:
-        message, code = "interrupted; the same command goes on from what is on disk", 130
-    except UserError as error:
-        message, code = str(error), 1
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        advice = "use a smaller --batch-size (or --micro-batch)"
-        message = f"out of memory: {advice}. {first_line(error)}"
-        code = 1
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        reason = first_line(error.strerror or error)
-        message, code = f"{where}{reason}{ADVICE.get(error.errno, '')}", 1
-    except RuntimeError as error:
-        # torch.distributed has no exception type of its own for this
-        if "EADDRINUSE" not in str(error):
+        message, code = "; ".join(["interrupted", *after_interrupt]), 130
+    except Exception as error:
+        message, code = user_message(error), 1
+        if message is None:
             raise
-        message = ("the port is in use: start with `torchrun --standalone` (any free port) or "
-                   "another --master-port")
-        code = 1
+        if os.environ.get("THINKDIFF_DEBUG") == "1":
+            traceback.print_exc()
     finally:
         release_locks()
-    if os.environ.get("THINKDIFF_DEBUG") == "1":
-        traceback.print_exc()
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(code)
+    if message:
+        startup.print_once(f"error: {message}")
+    try:
+        sys.stdout.flush()
+    except OSError:
+        # Python would try once more, and complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = code or 1
+    if code:
+        sys.exit(code)
 
 
 # ---------------------------------------------------------------------------- loading models
 @contextlib.contextmanager
 def loading(path):
-    """Around code that loads a model from a folder or the hub: failures become a UserError."""
-    if str(path).startswith((".", "/", "~")) and not os.path.isdir(path):
+    """Around code that loads a model from a folder or the hub: failures become a UserError.
+
+    A model in a folder may have no more weights than its files have bytes, or twice as many, as
+    some share weights: a wrong width in a config.json would cost any amount of memory."""
+    advice = ("Check the name, log in with `hf auth login` and accept the licence if the model is "
+              "gated (FLUX.1-dev is), or give the folder of a local copy.")
+    n_weights, most = 0, math.inf
+    if os.path.isdir(path):
+        advice = "If this is the right kind of model, download it again."
+        files = [*Path(path).glob("*"), *Path(path).glob("*/*")]
+        most = 2 * sum(file.stat().st_size for file in files if file.is_file()) + 10**7
+    elif str(path).startswith((".", "/", "~")):
         raise UserError(f"{path} is no folder: give the folder of a model, or its name on the hub")
+
+    def count(module, name, weight):
+        nonlocal n_weights
+        # weights that are read take the place of those of the same name
+        n_weights += 0 if hasattr(module, name) else weight.numel()
+        if n_weights > most:
+            raise ValueError("a config.json describes more weights than the files can hold")
+    hook = register_module_parameter_registration_hook(count)
     try:
         yield
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(
-            f"cannot load {path}: {first_line(error)} Check the name, log in with `hf auth login` "
-            "and accept the licence if the model is gated (FLUX.1-dev is), or give the folder of a "
-            "local copy."
-        ) from error
+    except (UserError, MemoryError, torch.OutOfMemoryError):
+        raise
+    # damaged files lead to exceptions of any kind
+    except Exception as error:
+        raise UserError(f"cannot load {path}: {first_line(error)} {advice}") from error
+    finally:
+        hook.remove()
 
 
 def pretrained(cls, path, **kwargs):
-    """`cls.from_pretrained(path, **kwargs)`; raises UserError if the model cannot be loaded."""
+    """`cls.from_pretrained(path, **kwargs)`; raises UserError if it cannot be loaded."""
     with loading(path):
         return cls.from_pretrained(path, **kwargs)
 
 
-def check_loaded(info, path, what):
-    """Raises UserError if weights are missing, which transformers would replace by random ones.
+def pretrained_model(cls, path, **kwargs):
+    """A model of transformers; config and state_dict, if given, are used in place of the files.
 
-    info: from_pretrained's loading info. what: the model's name in the message."""
-    if info["missing_keys"]:
-        names = ", ".join(sorted(info["missing_keys"])[:4])
-        raise UserError(f"{path} lacks weights of {what}: {names}; download it again")
+    Raises UserError if it cannot be loaded or if weights are missing or of other sizes than the
+    config says: transformers would make random ones."""
+    with loading(path):
+        model, info = cls.from_pretrained(
+            None if "state_dict" in kwargs else path, output_loading_info=True,
+            ignore_mismatched_sizes=True, **kwargs)
+    wrong = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
+    if wrong:
+        raise UserError(f"{path} lacks weights of a {type(model).__name__}, or they are of other "
+                        f"sizes: {', '.join(sorted(wrong)[:4])}; download it again")
+    return model
 
 
 def decoder_tensors(name):
@@ -294,14 +416,20 @@ def to_device(tensors, device):
 def start_processes(device):
     """Connects the processes that torchrun has started; nothing to do for one process."""
     if torchrun_ranks()[1] > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        store, rank, world = next(dist.rendezvous("env://"))
+        # all attempts of torchrun share a store, where those that have ended left their addresses
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
 
 
 def sum_over_processes(*tensors):
-    """Replaces each tensor, in place, by its sum over all processes."""
-    if dist.is_initialized():
-        for tensor in tensors:
+    """Replaces each tensor, in place, by its sum over all processes. UserError: one has ended."""
+    try:
+        for tensor in tensors if dist.is_initialized() else ():
             dist.all_reduce(tensor)
+    except RuntimeError as error:
+        raise UserError("another process has ended; what it said is above") from error
 
 
 # ------------------------------------------------------------------------------------- files
@@ -323,17 +451,25 @@ def write_atomically(path, data):
         raise
 
 
+def finite(text):
+    """A finite float. Raises ValueError for NaN, Infinity, and 1e999, which is read as infinity."""
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text[:20]} is no finite number")
+    return value
+
+
 def read_json(path, fields=None, advice="restore or delete it"):
     """The content of a JSON file, if need be an object with `fields`, {name: type}.
 
     Raises OSError if it cannot be opened, UserError with `advice` if it holds anything else."""
     try:
-        # int() refuses the constants NaN and Infinity, which are no JSON
-        value = json.loads(Path(path).read_text("utf-8"), parse_constant=int)
+        value = json.loads(Path(path).read_text("utf-8"), parse_constant=finite, parse_float=finite)
+        if fields is not None and not isinstance(value, dict):
+            raise TypeError(f"it holds a {type(value).__name__}, no object")
         for name, kind in (fields or {}).items():
-            if not isinstance(value[name], kind):
-                raise TypeError(f"{name} is a {type(value[name]).__name__}")
-    except (ValueError, RecursionError, LookupError, TypeError) as error:
+            if not isinstance(value.get(name), kind):
+                raise TypeError(f"{name} is a {type(value.get(name)).__name__}")
+    except (ValueError, RecursionError, TypeError) as error:
         raise UserError(f"{path} is damaged ({first_line(error)[:90]}): {advice}") from None
     return value
 
@@ -345,12 +481,45 @@ def read_tensors(path, advice="restore or delete it"):
     number that is not finite."""
     try:
         tensors = load_file(path)
+        for name, tensor in tensors.items():
+            if not tensor.isfinite().all():
+                raise ValueError(f"{name} has values that are not finite")
     except (SafetensorError, ValueError, LookupError, RuntimeError) as error:
         raise UserError(f"{path} is damaged ({first_line(error)[:90]}): {advice}") from None
-    for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise UserError(f"{path}: {name} has values that are not finite: {advice}")
     return tensors
+
+
+# what torch.save refers to in a file of tensors and plain containers
+PICKLED = r"collections OrderedDict|torch \w+Storage|torch._utils _rebuild_(tensor_v2|parameter)"
+
+
+def read_pth(path, key, advice="download it again"):
+    """{name: tensor} under `key` of a file that torch.save has written, on the CPU.
+
+    No code in the file runs, and it takes no more memory than it takes on the disk. Raises
+    UserError with `advice` if it is damaged or refers to more than tensors and containers."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            if any(entry.compress_type for entry in file.infolist()):
+                raise ValueError("it is compressed")
+            if file.testzip():
+                raise ValueError("a checksum is wrong")
+            # torch ignores case
+            for entry in (e for e in file.infolist() if e.filename.lower().endswith("data.pkl")):
+                for operation, argument, _ in pickletools.genops(file.read(entry)):
+                    if operation.name == "GLOBAL" and not re.fullmatch(PICKLED, argument):
+                        raise ValueError(f"it refers to {argument}")
+        # mapped: a tensor that claims more than the file holds is refused
+        tensors = dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))[key]
+        for name, tensor in tensors.items():
+            # a view of one number can have any shape
+            if tensor.nbytes > tensor.untyped_storage().nbytes():
+                raise ValueError(f"{name} is larger than the file")
+    # zipfile and torch raise many kinds
+    except Exception as error:
+        raise UserError(f"cannot read '{key}' of {path} with weights_only=True "
+                        f"({first_line(error)[:90]}): {advice}") from None
+    return {str(name): tensor for name, tensor in tensors.items()}
 
 
 def write_json(path, value):
@@ -377,7 +546,14 @@ def lock_folder(folder):
     """Makes this run the only one that writes to `folder`, until it ends, however it ends.
 
     Raises UserError if another run does. With torchrun the first process holds the lock."""
-    if torchrun_ranks()[0]:
+    rank, _, local_rank = torchrun_ranks()
+    # torchrun's own folder, of this start and this machine: ATTEMPT/RANK/error.json
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    locked = Path(error_file).parents[1] / "locked" if error_file else None
+    if rank:
+        # until then the first one may be refused; torchrun ends this process with it
+        while locked and rank == local_rank and not locked.exists():
+            time.sleep(0.1)
         return
     Path(folder).mkdir(parents=True, exist_ok=True)
     lock = FileLock(Path(folder, ".lock"))
@@ -387,6 +563,8 @@ def lock_folder(folder):
         raise UserError(f"another run is writing to {folder}: wait until it has ended, or choose "
                         "another --out") from None
     LOCKS.append(lock)
+    if locked:
+        locked.touch()
 
 
 def release_locks():

@@ -1,11 +1,13 @@
 """Downloads, of the models on the Hugging Face hub, only the files that a script reads: of a
 checkpoint in shards those that hold a tensor it needs. They go to the ordinary cache.
 
-Prints names and sizes first. The same command resumes an interrupted download.
+Prints names and sizes first. The same command resumes an interrupted download. --vlm,
+--t5, --clip and so on name other models.
 
     python fetch.py lvlm-data lvlm-train lvlm-generate [--dry-run]
 """
-import argparse
+import startup
+
 import os
 import re
 import shutil
@@ -17,10 +19,12 @@ from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
 from common import (
     MODELS,
+    Parser,
     UserError,
     cli_main,
     decoder_tensors,
     first_line,
+    text,
     vision_tensors,
     weight_files,
 )
@@ -133,7 +137,8 @@ def fetch(args):
     for repo, names in selected.items():
         try:
             snapshot_download(repo, allow_patterns=sorted(names))
-        except (OSError, HTTPError) as error:
+        # hf_xet, which downloads large files, raises RuntimeError for all it meets
+        except (OSError, HTTPError, RuntimeError) as error:
             # an error of the disk, not of the network
             if getattr(error, "errno", None):
                 raise
@@ -144,17 +149,15 @@ def fetch(args):
 
 def main():
     tasks = "".join(f"  {task:15}{script}\n" for task, (script, _) in TASKS.items())
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=f"TASK, what is to run:\n{tasks}", allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, epilog=f"TASK, what is to run:\n{tasks}")
     parser.add_argument("task", nargs="+", choices=TASKS, metavar="TASK",
                         help="see below; shared files are downloaded once")
     parser.add_argument("--dry-run", action="store_true", help="only print names and sizes")
     for flag, name in MODELS.items():
-        parser.add_argument(f"--{flag}", default=name, metavar="NAME",
+        parser.add_argument(f"--{flag}", default=name, metavar="NAME", type=text,
                             help=f"hub name (default: {name})")
     fetch(parser.parse_args())
 
 
 if __name__ == "__main__":
-    cli_main(main)
+    cli_main(main, "the same command goes on from what is on disk")

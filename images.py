@@ -1,13 +1,16 @@
 """Images in folders and tars: finding them, loading them robustly, pairing them with captions.
 
 Tars (WebDataset) are never unpacked: an image in one is read in place, by its offset."""
+import contextlib
 import hashlib
 import io
 import json
 import os
 import re
-import sys
+import stat
 import tarfile
+import threading
+import warnings
 from typing import NamedTuple
 
 import numpy as np
@@ -16,48 +19,24 @@ from tqdm import tqdm
 
 from common import UserError, first_line, write_atomically, write_csv
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-# 1.2 GB as RGB: a larger file is more likely a decompression bomb than a picture
-MAX_PIXELS = 20_000 * 20_000
-# Pillow's own limit is lower; open_image checks MAX_PIXELS instead
-Image.MAX_IMAGE_PIXELS = None
+Image.preinit()
+Image.init()
+# all that Pillow decodes by itself; EPS would start another program
+FORMATS = [name for name in Image.ID if name not in "BUFR EPS GRIB HDF5 MPEG WMF".split()]
+SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
+CAPTIONS = (".txt", ".json")
+COMPRESSED = {".tgz", ".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip", ".7z", ".rar"}
+# what the most pixels that Pillow opens (178,956,970) take as RGB
+MAX_BYTES = 3 * 2 * Image.MAX_IMAGE_PIXELS
+# larger pictures are decoded one at a time, so that threads do not multiply their memory
+LARGE, LARGE_PIXELS = threading.Lock(), 2**24
+# Pillow's memory in pieces so large (64 MB) that malloc gives them back to the system
+Image.core.set_block_size(2**26)
+# of metadata that is damaged, and of large pictures
+warnings.filterwarnings("ignore", module="PIL")
 
 
 # ---------------------------------------------------------------- loading
-def open_image(source, name=None, max_side=4096):
-    """The PIL RGB image in a path, bytes or binary file: upright (EXIF), transparency on white,
-    16 bit scaled to 8, its longer side at most max_side pixels.
-
-    Raises UserError with `name` (default: the path) if it cannot be decoded in full."""
-    if name is None:
-        name = source if isinstance(source, (str, os.PathLike)) else "the picture"
-    try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width} x {image.height} pixels are too many")
-            # JPEG only: decodes at a fraction of the size
-            image.draft(None, (max_side, max_side))
-            # before the conversions, because each copy of a huge image costs gigabytes
-            image.thumbnail((max_side, max_side))
-            image = ImageOps.exif_transpose(image)
-            # 16 bit grey, which convert() would clip at 255
-            if image.mode.startswith("I"):
-                grey = np.asarray(image).clip(0, 65535) / 257
-                image = Image.fromarray(grey.round().astype(np.uint8))
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                white = Image.new("RGBA", image.size, "white")
-                image = Image.alpha_composite(white, image)
-            return image.convert("RGB")
-    # decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error, ...
-    except Exception as error:
-        if isinstance(error, UnidentifiedImageError):
-            reason = "it is empty or no picture"
-        else:
-            reason = getattr(error, "strerror", None) or first_line(error)
-        raise UserError(f"cannot read {name}: {reason.rstrip('.')}") from error
-
-
 class ImageRef(NamedTuple):
     """Where an image (or a caption) is stored: a file, or `size` bytes at `offset` of a tar."""
     path: str
@@ -67,7 +46,7 @@ class ImageRef(NamedTuple):
 
     @property
     def key(self):
-        """A unique name: the path, and the member in a tar."""
+        """Its name: the path, and the member in a tar."""
         return f"{self.path}::{self.member}" if self.member else self.path
 
     def random(self, seed, purpose):
@@ -77,27 +56,148 @@ class ImageRef(NamedTuple):
         data = text.encode("utf-8", "surrogateescape")
         return int.from_bytes(hashlib.blake2b(data, digest_size=7).digest(), "big")
 
+    def read(self):
+        """Its bytes. Raises OSError, or ValueError if it is no file or too large for a picture."""
+        if re.search("(^|/)https?:/", self.path) and not os.path.exists(self.path):
+            raise ValueError("it is a URL: download it first")
+        status = os.stat(self.path)
+        # a pipe or a device could last for ever
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("it is no regular file")
+        size = self.size if self.member else status.st_size
+        if size > MAX_BYTES:
+            raise ValueError(f"{size:,} bytes are too many for a picture")
+        with open(self.path, "rb") as file:
+            file.seek(self.offset)
+            return file.read(size)
 
-def load_image(ref, max_side):
-    """The image of an ImageRef as open_image returns it. Raises UserError if it is unreadable."""
-    if ref.member:
-        try:
-            with open(ref.path, "rb") as tar:
-                tar.seek(ref.offset)
-                data = tar.read(ref.size)
-        except OSError as error:
-            raise UserError(f"cannot read {ref.key}: {error.strerror}") from error
-        image = open_image(data, ref.key, max_side)
-    else:
-        image = open_image(ref.path, max_side=max_side)
+
+def without_metadata(data):
+    """A PNG, JPEG or AVIF with only what its pixels depend on; other bytes as they are."""
+    if data.startswith(b"\xff\xd8"):
+        # decoders ignore segments of unknown names
+        return re.sub(rb"(?s)(\xff[\xe0-\xed]..)(JFIF|Exif|http|ICC_|MPF\0|FPXR|Phot)",
+                      rb"\1none", data)
+    if data[4:8] == b"ftyp":
+        return re.sub(rb"(?s)(infe.{8})Exif", rb"\1none", data)
+    if not data.startswith(b"\x89PNG"):
+        return data
+    kept, end = [data[:8]], 8
+    while end < len(data):
+        start, end = end, end + 12 + int.from_bytes(data[end:end + 4], "big")
+        if data[start + 4:start + 8] in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"):
+            kept.append(data[start:end])
+    return b"".join(kept)
+
+
+def grey_8_bit(image):
+    """A grey image of 12 to 32 bits or of floats (modes I;16, I, F) as L, or LA if a value is
+    transparent. White is the smallest usual maximum that no pixel exceeds; NaN is black."""
+    # tags of a TIFF: bits a sample, their format (1: unsigned), and 262, 0 if black is the highest
+    tags, key = getattr(image, "tag_v2", {}), image.info.pop("transparency", None)
+    bits, unsigned = tags.get(258, (16,))[0], tags.get(339, (1,))[0] == 1
+    values = np.asarray(image)  # (height, width)
+    # Pillow keeps unsigned numbers as signed ones
+    values = values.view(np.uint32) if image.mode == "I" and bits == 32 and unsigned else values
+    peak = values.max(where=np.isfinite(values), initial=0)
+    whites = (2 ** min(bits, 16) - 1, 2 ** (32 if unsigned else 31) - 1)
+    whites = (1, 255, 65535, peak) if image.mode == "F" else whites
+    white = next(white for white in whites if white >= peak)
+    # in place, because each copy of a huge picture takes gigabytes
+    shade = values.astype(np.float32)
+    np.clip(shade, 0, white, out=shade)
+    shade *= 255 / white
+    np.nan_to_num(shade, copy=False)
+    shade = np.rint(shade, out=shade).astype(np.uint8)
+    shade = 255 - shade if tags.get(262) == 0 else shade
+    if key is not None:
+        shade = np.stack([shade, (values != key) * np.uint8(255)], axis=-1)
+    grey = Image.fromarray(shade)
+    grey.info = image.info
+    return grey
+
+
+def to_8_bit(image, data):
+    """A loaded image of any mode as L, LA, RGB or RGBA; a transparent colour becomes alpha.
+
+    data: the bytes of its file."""
+    if image.mode[0] in "IF":
+        return grey_8_bit(image)
+    key = image.info.get("transparency")
+    if image.mode == "La":
+        return image.convert("LA")
+    if image.mode in ("L", "LA", "RGB", "RGBA") and key is None:
+        return image
+    # the transparent colour of a PNG has the depth of the file (byte 24), Pillow's pixels have 8
+    if image.format == "PNG" and image.mode == "L":
+        image.info["transparency"] = key * 255 // (2 ** data[24] - 1)
+    elif image.format == "PNG" and image.mode == "RGB":
+        image.info["transparency"] = tuple(value >> data[24] - 8 for value in key)
+    return image.convert("RGBA" if image.has_transparency_data else "RGB")
+
+
+def decode(data, max_side):
+    """What open_image returns, from bytes. Decoders raise OSError, SyntaxError, ValueError, ..."""
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            pixels = image.width * image.height
+            # JPEG only: decodes at a fraction of the size
+            image.draft(None, (max_side, max_side))
+            # a progressive one takes the memory of the whole all the same
+            if "progressive" not in image.info:
+                pixels = image.width * image.height
+            with LARGE if pixels > LARGE_PIXELS else contextlib.nullcontext():
+                image.load()
+                image = to_8_bit(image, data)
+                image.thumbnail((max_side, max_side))
+                with contextlib.suppress(Exception):
+                    ImageOps.exif_transpose(image, in_place=True)
+                if image.mode in ("LA", "RGBA"):
+                    white = Image.new("RGBA", image.size, "white")
+                    image = Image.alpha_composite(white, image.convert("RGBA"))
+                return image.convert("RGB")
+    except Exception:
+        plain = without_metadata(data)
+        if plain == data:
+            raise
+        return decode(plain, max_side)
+
+
+def open_image(source, name=None, max_side=4096):
+    """The PIL RGB image in a path, ImageRef, bytes or binary file: upright (EXIF), transparency
+    on white, more than 8 bits scaled to 8, its longer side at most max_side pixels.
+
+    Raises UserError with `name` (default: the path) if it cannot be decoded in full or is a
+    strip."""
+    if isinstance(source, (str, os.PathLike)):
+        source = ImageRef(os.fspath(source))
+    if name is None:
+        name = source.key if isinstance(source, ImageRef) else "the picture"
+    try:
+        image = decode(source if isinstance(source, bytes) else source.read(), max_side)
+    except Exception as error:
+        if isinstance(error, UnidentifiedImageError):
+            reason = "it is empty or no picture"
+        else:
+            reason = getattr(error, "strerror", None) or first_line(error)
+        raise UserError(f"cannot read {name}: {reason.rstrip('.')}") from error
     # Qwen2-VL's processor refuses a larger aspect ratio
     if max(image.size) > 200 * min(image.size):
-        raise UserError(
-            f"cannot use {ref.key}: it is a strip, more than 200 times as long as wide")
+        raise UserError(f"cannot use {name}: it is a strip, more than 200 times as long as wide")
     return image
 
 
+def load_image(ref, max_side):
+    """The image of an ImageRef as open_image returns it. Raises UserError if it is unreadable."""
+    return open_image(ref, max_side=max_side)
+
+
 # ---------------------------------------------------------------- finding
+def file_suffix(name):
+    """'.jpg' of 'a/b.JPG'."""
+    return os.path.splitext(name)[1].lower()
+
+
 def expand_braces(pattern):
     """'a{08..10}{x,y}' -> [a08x, a08y, a09x, a09y, a10x, a10y], as the shell does; the path of an
     existing file is left alone."""
@@ -113,96 +213,185 @@ def expand_braces(pattern):
     return [path for word in words for path in expand_braces(before + word + after)]
 
 
-def index_tar(path, suffixes=SUFFIXES):
-    """([ImageRef] of the members with these suffixes, what is wrong with the tar or None).
+class TarMember(tarfile.TarInfo):
+    """A member of a tar. If its headers are damaged, tarfile goes on behind it."""
 
-    Reads only the headers. Of a truncated tar it returns the members that are complete."""
-    refs, fault = [], None
-    size = os.path.getsize(path)
-    try:
-        with tarfile.open(path, "r:") as tar:
+    def _proc_member(self, tar):
+        """Reads what follows a header: a long name, a pax header, then the member's header."""
+        try:
+            member = super()._proc_member(tar)
+            if member.size < 0:
+                raise ValueError("negative size")
+        except Exception as error:
+            # the one error that ignore_zeros ignores
+            raise tarfile.InvalidHeaderError(first_line(error)) from error
+        # global headers belong to it, too
+        member.offset = self.offset
+        return member
+
+
+def gap_fault(file, archive, start, stop):
+    """What is wrong with bytes start to stop of a tar, which belong to no member; None if they are
+    only the end of an archive that began at byte `archive`."""
+    size = stop - start
+    file.seek(start)
+    if any(file.read(min(2**20, stop - at)).strip(b"\0") for at in range(start, stop, 2**20)):
+        return f"{size:,} bytes are damaged"
+    if size < 1024 and not file.read(1):
+        return "the end is missing"
+    # 1,024 zeros, and most programs fill up to 10,240
+    filled = 1024 <= size < 1024 + 10240 and (stop - archive) % 10240 == 0
+    return None if filled or size == 1024 else f"{size:,} bytes are zeros"
+
+
+def index_tar(path, skipped, faults):
+    """[ImageRef] of the images and captions in a tar; appends the other images to skipped, and
+    what is wrong with the tar to faults: (name, reason).
+
+    Reads only the headers, also behind damage. Concatenated tars are read as one."""
+    refs, gaps, end, last = [], [], 0, "its beginning"
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        # it is no tar at all, which is a gap, too
+        with (contextlib.suppress(tarfile.ReadError),
+              tarfile.open(fileobj=file, mode="r:", tarinfo=TarMember, ignore_zeros=True) as tar):
             for member in tar:
-                whole = member.offset_data + member.size <= size
-                if member.isfile() and whole and member.name.lower().endswith(suffixes):
-                    refs.append(ImageRef(path, member.name, member.offset_data, member.size))
-        # tarfile takes a cut between two members for the end, which is 1,024 zeros
-        with open(path, "rb") as file:
-            file.seek(max(0, size - 1024))
-            if file.read().strip(b"\0"):
-                fault = "the end is missing"
-    except (tarfile.TarError, EOFError) as error:
-        fault = str(error)
-    if fault:
-        fault = f"broken tar ({fault}), {len(refs)} pictures of it can be read"
-    return refs, fault
+                if member.offset > end:
+                    gaps.append((end, member.offset, last))
+                end, last = tar.offset, member.name
+                ref = ImageRef(path, member.name, member.offset_data, member.size)
+                suffix = file_suffix(member.name)
+                # what may be missing is the zeros behind the last member
+                is_cut = end > size and ref.offset + ref.size > size
+                if suffix in COMPRESSED or suffix == ".tar":
+                    faults.append((ref.key, "an archive in a tar: unpack it first"))
+                elif member.isreg() and not member.issparse() and not is_cut:
+                    refs += [ref] if suffix in SUFFIXES or suffix in CAPTIONS else []
+                elif suffix in SUFFIXES and not member.isdir():
+                    kind = "cut off" if is_cut else "a link or another kind of file"
+                    skipped.append((ref.key, f"in the tar it is {kind}"))
+                if end > size:
+                    break
+        archive = 0
+        gaps.append((end, size, last))
+        for start, stop, before in gaps:
+            fault = gap_fault(file, archive, start, stop)
+            if fault:
+                faults.append((path, f"damaged: {fault} after {before}"))
+            else:
+                archive = stop
+    return refs
 
 
-def find_images(sources):
-    """All images in files, folders (recursively), tars, and brace patterns of these.
+def find_files(sources, skipped, faults):
+    """Yields [ImageRef] of the images and captions of each tar, and of each image that is a file,
+    in files, folders (recursively; links are followed), and brace patterns of these.
 
-    Returns {key: ImageRef}, in the same order each time, and [(path, fault)] of the broken tars.
-    Raises UserError if a source does not exist or no image is found."""
+    Appends (name, reason) to skipped for images that cannot be used, and to faults for damaged
+    tars and ignored archives. Raises UserError if a source does not exist or there is no image."""
     paths = [os.path.abspath(path) for source in sources for path in expand_braces(source)]
     missing = [path for path in paths if not os.path.exists(path)]
     if missing:
         others = f" (nor do {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise UserError(f"{missing[0]} does not exist{others}: check the path")
-    files = []
+
+    def unreadable(error):
+        skipped.append((error.filename, f"cannot read this folder: {error.strerror}"))
+
+    files, given, known, n_found = {}, set(paths), set(), 0
     for path in paths:
-        if os.path.isdir(path):
-            walk = os.walk(path)
-            files += sorted(os.path.join(folder, name) for folder, _, names in walk
-                            for name in names)
-        else:
-            files.append(path)
-    refs, faults = {}, []
+        is_folder = os.path.isdir(path)
+        walk = os.walk(path, onerror=unreadable, followlinks=True) if is_folder else ()
+        found = [] if is_folder else [path]
+        for folder, below, names in walk:
+            below.sort()
+            # links can lead to it again, or in a circle
+            if os.path.realpath(folder) in known:
+                below.clear()
+                continue
+            known.add(os.path.realpath(folder))
+            found += [os.path.join(folder, name) for name in names]
+        files.update(dict.fromkeys(sorted(found)))
     for path in tqdm(files, desc="indexing", unit=" files", leave=False, disable=None):
-        if path.lower().endswith(SUFFIXES):
-            refs[path] = ImageRef(path)
-        elif path.lower().endswith(".tar"):
-            found, fault = index_tar(path)
-            refs.update((ref.key, ref) for ref in found)
-            if fault:
-                faults.append((path, fault))
-    if not refs:
-        message = (f"no pictures in {' '.join(sources)}: expected {' '.join(SUFFIXES)} files, "
-                   "or .tar files of them")
-        if faults:
-            message += f"; {faults[0][0]}: {faults[0][1]}"
-        raise UserError(message)
-    return refs, faults
-
-
-def index_captions(sources, index, head):
-    """Pairs each image with its caption (KEY.txt beside KEY.jpg) and writes the file `index`.
-
-    Its first line is `head`, each other line a JSON pair [image, caption] of ImageRefs. Images
-    without a caption, and broken tars, are listed in skipped.csv beside it."""
-    refs, skipped = find_images(sources)
-    lines, captions, tar = [], {}, None
-    for ref in refs.values():
-        stem = os.path.splitext(ref.member or ref.path)[0]
-        caption = None
-        if ref.member:
-            if ref.path != tar:
-                tar = ref.path
-                texts = index_tar(tar, (".txt",))[0]
-                captions = {os.path.splitext(text.member)[0]: text for text in texts}
-            caption = captions.get(stem)
-        elif os.path.exists(f"{stem}.txt"):
-            # size -1: the whole file
-            caption = ImageRef(f"{stem}.txt", size=-1)
-        if caption:
-            lines.append(json.dumps([ref, caption]) + "\n")
+        suffix, refs = file_suffix(path), []
+        if suffix in COMPRESSED:
+            faults.append((path, "compressed: unpack it first"))
+        elif suffix != ".tar" and suffix not in SUFFIXES:
+            faults += [(path, "it is neither a picture nor a tar")] if path in given else []
+        elif not os.path.isfile(path):
+            skipped.append((path, "it is no regular file, or a link that leads nowhere"))
+        elif suffix == ".tar":
+            try:
+                refs = index_tar(path, skipped, faults)
+            except OSError as error:
+                faults.append((path, f"cannot read it: {error.strerror}"))
         else:
+            refs = [ImageRef(path)]
+        n_found += sum(file_suffix(ref.key) in SUFFIXES for ref in refs)
+        yield refs
+    if not n_found:
+        reasons = "".join(f"; {path}: {reason}" for path, reason in (faults + skipped)[:1])
+        raise UserError(f"no pictures in {' '.join(sources)}: expected .jpg, .png and what else "
+                        f"Pillow reads, or .tar files of them{reasons}")
+
+
+def find_images(sources):
+    """[ImageRef] of all images in the sources, in a fixed order; [(name, reason)] of those that
+    cannot be used; [(path, fault)] of damaged tars and ignored archives. See find_files."""
+    skipped, faults = [], []
+    refs = [ref for refs in find_files(sources, skipped, faults) for ref in refs
+            if file_suffix(ref.key) in SUFFIXES]
+    return refs, skipped, faults
+
+
+def pair_captions(refs):
+    """Pairs (image, its caption or why it has none) of what find_files yields at a time."""
+    named = {}
+    for ref in refs:
+        stem, suffix = os.path.splitext(ref.member or ref.path)
+        named.setdefault((stem, suffix.lower()), []).append(ref)
+    for (stem, suffix), images in named.items():
+        if images[0].member:
+            captions = named.get((stem, ".txt")) or named.get((stem, ".json"), [])
+        else:
+            captions = [ImageRef(stem + suffix, size=-1) for suffix in CAPTIONS
+                        if os.path.isfile(stem + suffix)][:1]
+        if len(captions) != len(images):
             name = os.path.basename(stem)
-            skipped.append((ref.key, f"no caption: {name}.txt is not beside it"))
+            reason = (f"{len(images)} pictures, but {len(captions)} captions have this name"
+                      if captions else f"no caption: neither {name}.txt nor {name}.json beside it")
+            captions = [reason] * len(images)
+        if suffix not in CAPTIONS:
+            yield from zip(images, captions, strict=True)
+
+
+def index_captions(sources, index):
+    """Pairs each image with its caption (KEY.txt, or else KEY.json, beside KEY.jpg) and writes the
+    file `index`. Members of the same name are paired in their order.
+
+    Its first line is {"sources", "tars": {path: size}, "hash": BLAKE2b of the other lines}, each
+    other line a JSON pair [image, caption] of ImageRefs. Images without a caption, and damaged
+    tars, are listed in skipped.csv beside it."""
+    lines, tars, skipped, faults = [], set(), [], []
+    for refs in find_files(sources, skipped, faults):
+        tars.update(ref.path for ref in refs if ref.member)
+        for image, caption in pair_captions(refs):
+            if isinstance(caption, str):
+                skipped.append((image.key, caption))
+            else:
+                lines.append(json.dumps([image, caption]) + "\n")
+    n_found = len(lines) + len(skipped)
     if not lines:
-        raise UserError(f"none of the {len(refs)} pictures in {' '.join(sources)} has a caption: "
-                        "expected KEY.txt beside KEY.jpg")
-    if skipped:
-        table = index.with_name("skipped.csv")
-        write_csv(table, ("picture", "reason"), skipped)
-        first = ": ".join(skipped[0]) + (", ..." if len(skipped) > 1 else "")
-        print(f"skipped {len(skipped)} of {len(refs)}: {first} (see {table})", file=sys.stderr)
-    write_atomically(index, "".join([head, *lines]))
+        raise UserError(f"none of the {n_found} pictures in {' '.join(sources)} has a caption: "
+                        "expected KEY.txt or KEY.json beside KEY.jpg")
+    table = index.with_name("skipped.csv")
+    if skipped or faults:
+        write_csv(table, ("picture", "reason"), faults + skipped)
+    print(f"found {n_found} pictures = {len(lines)} pairs + {len(skipped)} skipped"
+          + f"; {len(faults)} faults in tars" * bool(faults)
+          + f" (see {table})" * bool(skipped or faults))
+    body = "".join(lines)
+    head = {"sources": [os.path.abspath(source) for source in sources],
+            "tars": {path: os.path.getsize(path) for path in sorted(tars)},
+            "hash": hashlib.blake2b(body.encode()).hexdigest()}
+    write_atomically(index, f"{json.dumps(head)}\n{body}")

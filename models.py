@@ -1,6 +1,9 @@
 """The frozen models: loading a VLM, a CLIP or a T5; the VLM's inputs, sampling and features."""
+import math
+
 import torch
 import transformers
+from PIL import Image
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -12,10 +15,11 @@ from transformers import (
 
 from common import (
     UserError,
-    check_loaded,
     decoder_tensors,
+    loading,
     part_weights,
     pretrained,
+    pretrained_model,
     vision_tensors,
 )
 
@@ -24,14 +28,14 @@ TOWERS = {"blip-2": Blip2VisionModel, "clip": CLIPVisionModel}
 
 def feature_width(path):
     """d_vlm of a VLM; loads the config alone."""
-    return pretrained(AutoConfig, path).get_text_config().hidden_size
+    with loading(path):
+        return AutoConfig.from_pretrained(path).get_text_config().hidden_size
 
 
 # -------------------------------------------------------------------------------------------- T5
 def load_t5(path, device, dtype):
     """A frozen T5ForConditionalGeneration in eval mode."""
-    t5, info = pretrained(T5ForConditionalGeneration, path, dtype=dtype, output_loading_info=True)
-    check_loaded(info, path, "a T5 encoder-decoder")
+    t5 = pretrained_model(T5ForConditionalGeneration, path, dtype=dtype)
     return t5.requires_grad_(False).eval().to(device)
 
 
@@ -43,9 +47,8 @@ def load_t5_decoder(path, device, dtype):
     # of the encoder; num_decoder_layers stays
     config.num_layers = 0
     weights = part_weights(path, decoder_tensors, dtype)
-    t5, info = T5ForConditionalGeneration.from_pretrained(
-        None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True)
-    check_loaded(info, path, "a T5 encoder-decoder")
+    t5 = pretrained_model(
+        T5ForConditionalGeneration, path, config=config, state_dict=weights, dtype=dtype)
     return t5.requires_grad_(False).eval().to(device)
 
 
@@ -65,10 +68,8 @@ def load_clip(path, device, dtype):
     Raises UserError if a weight is missing."""
     tower, config = vision_tower(path)
     weights = part_weights(path, vision_tensors, dtype)
-    clip, info = tower.from_pretrained(
-        None, config=config, state_dict=weights, key_mapping={r"^vision_model\.": ""}, dtype=dtype,
-        output_loading_info=True)
-    check_loaded(info, path, "its vision tower")
+    clip = pretrained_model(tower, path, config=config, state_dict=weights, dtype=dtype,
+                            key_mapping={r"^vision_model\.": ""})
     return clip.requires_grad_(False).eval().to(device)
 
 
@@ -77,26 +78,43 @@ def load_vlm(path, device, dtype, **options):
     """(model, processor) of a frozen Qwen2-VL, Qwen2.5-VL or Qwen3-VL, from a folder or the hub.
 
     options: of from_pretrained. Raises UserError for another model or missing weights."""
-    model, info = pretrained(AutoModelForImageTextToText, path, dtype=dtype,
-                             output_loading_info=True, **options)
-    check_loaded(info, path, "the VLM")
+    model = pretrained_model(AutoModelForImageTextToText, path, dtype=dtype, **options)
     if not hasattr(getattr(getattr(model, "model", None), "language_model", None), "norm"):
         kind = model.config.model_type
         raise UserError(f"{path} is a {kind}: give a Qwen2-VL, Qwen2.5-VL or Qwen3-VL")
-    processor = pretrained(AutoProcessor, path)
-    # generation continues at the right end of each row
-    processor.tokenizer.padding_side = "left"
-    return model.to(device).eval().requires_grad_(False), processor
+    with loading(path):
+        processor = AutoProcessor.from_pretrained(path)
+        # generation continues at the right end of each row
+        processor.tokenizer.padding_side = "left"
+        model = model.to(device).eval().requires_grad_(False)
+        # some damage to templates and configs shows only in use
+        content = [{"type": "image", "image": Image.new("RGB", (64, 64))}]
+        inputs = encode_messages(processor, [[{"role": "user", "content": content}]])
+        model.generate(**inputs.to(device), max_new_tokens=1, do_sample=False)
+    return model, processor
 
 
-def encode_messages(processor, conversations):
-    """The VLM's inputs for B conversations of any length, left-padded to P tokens."""
+def encode_messages(processor, conversations, longest=math.inf):
+    """The VLM's inputs for B conversations of any length, left-padded to P tokens.
+
+    Raises UserError for texts that hold a token of the chat's format, or if P > longest."""
     texts = [processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
              for chat in conversations]
-    contents = [message["content"] for chat in conversations for message in chat]
-    images = [part["image"] for content in contents if not isinstance(content, str)
-              for part in content if part["type"] == "image"]
-    return processor(text=texts, images=images or None, padding=True, return_tensors="pt")
+    contents = [message["content"] for chat in conversations for message in chat
+                if not isinstance(message["content"], str)]
+    # joined, as parts of a token could stand in two texts
+    said = "\n".join("".join(part["text"] for part in content if part["type"] == "text")
+                     for content in contents)
+    for token in processor.tokenizer.all_special_tokens:
+        if token in said:
+            raise UserError(f"a text holds {token}, which the VLM does not read as text")
+    images = [part["image"] for content in contents for part in content if part["type"] == "image"]
+    inputs = processor(text=texts, images=images or None, padding=True, return_tensors="pt")
+    n_tokens = inputs["input_ids"].shape[1]
+    if n_tokens > longest:
+        raise UserError(f"it is {n_tokens} tokens long, but the VLM has room for {longest} besides "
+                        "an answer of --max-new-tokens")
+    return inputs
 
 
 class NucleusSampler(transformers.LogitsProcessor):
@@ -111,7 +129,8 @@ class NucleusSampler(transformers.LogitsProcessor):
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         uniform = torch.stack([torch.rand(max_new_tokens, generator=g) for g in generators])
         self.uniform = uniform.to(input_ids.device)  # (B, N)
-        self.temperature, self.top_p = temperature, top_p
+        # in fp32 a smaller one is 0, and 0 / 0 no number
+        self.temperature, self.top_p = max(temperature, 1e-30), top_p
 
     def __call__(self, input_ids, logits):
         probs = (logits.float() / self.temperature).softmax(-1)

@@ -2,8 +2,10 @@
 speed, the contexts asked for, and saving without overwriting."""
 import argparse
 import importlib.util
+import itertools
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -11,11 +13,13 @@ import torch
 import transformers
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
+from transformers import CLIPTextModel, T5EncoderModel
 
 import common
-from common import MINI, MODELS, UserError, number, positive
+from common import MINI, MODELS, UserError, first_line, number, positive
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+image_weight = number(float, -100, 100)
 TORCHAO = "torchao==0.18.0"
 # diffusers is imported below, too late for common.cli_main to silence it
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
@@ -24,11 +28,11 @@ os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 # flag, type, full size, miniature, [source] and meaning
 FLUX_FLAGS = [
     ("--flux", str, MODELS["flux"], MINI["flux"], "path or hub name of a FLUX"),
-    ("--seed", int, 0, 0, "seed of the first image's noise; the next ones count up"),
+    ("--seed", common.seed, 0, 0, "seed of the first image's noise; the next ones count up"),
     ("--steps", positive, 28, 28, "[release] denoising steps"),
-    ("--guidance", float, 3.5, 3.5,
+    ("--guidance", number(float, 0), 3.5, 3.5,
      "[release] FLUX's distilled guidance (the miniature FLUX has none and ignores it)"),
-    ("--true-cfg", float, 1.0, 3.0,
+    ("--true-cfg", number(float, 1), 1.0, 3.0,
      "[ours] classifier-free guidance away from the empty prompt, at twice the cost; 1: none, as "
      "FLUX.1-dev has its guidance built in"),
 ]
@@ -41,10 +45,10 @@ OUTPUT_FLAGS = [
 VIDEO_FLAGS = [
     ("--decoder", ("flux", "cogvideox"), "flux", "flux", "FLUX: an image; CogVideoX: a video"),
     ("--cogvideox", str, MODELS["cogvideox"], MODELS["cogvideox"], "path or hub name"),
-    ("--frames", positive, 49, 49, "[ours] frames of a video: 4 k + 1"),
+    ("--frames", number(int, 1, 10_001, step=4), 49, 49, "[ours] frames of a video: 4 k + 1"),
     ("--fps", positive, 8, 8, "[ours] frames a second of a video"),
 ]
-PIPELINE_FLAGS = [
+SPEED = {"memory and speed (all off: the stock pipeline's images, bit for bit)": [
     ("--offload", bool, False, False,
      "keep submodules in main memory and move each to the GPU on demand: less GPU memory, slower, "
      "the same images"),
@@ -54,7 +58,11 @@ PIPELINE_FLAGS = [
     ("--compile", bool, False, False,
      "torch.compile the transformer's blocks: faster, minutes to start and for each new shape; "
      "images change by rounding"),
-]
+    ("--cache", number(float, 0, above=True), None, None,
+     "first-block cache: skip the other blocks in steps where the first one's output changed by "
+     "less than this share; a larger one is faster and less faithful; the images of a batch skip "
+     "together, so that each depends on the others"),
+]}
 
 
 class Interleave(argparse.Action):
@@ -68,35 +76,28 @@ def add_context_flags(parser, variant, example_line):
     """Adds --text, --image and --batch; --mini has a default context."""
     example = common.EXAMPLE / f"{variant}.jsonl" if common.is_mini() else None
     parser.set_defaults(context=[], example=example)
-    for kind in ("text", "image"):
-        parser.add_argument(f"--{kind}", action=Interleave, default=argparse.SUPPRESS,
-                            help="a part of the context, in reading order (repeat)")
-    parser.add_argument("--batch", metavar="FILE.jsonl", help="contexts, one a line, such as "
-                        f"{example_line}; image paths are relative to the file")
+    group = parser.add_argument_group("context")
+    for flag, kind in (("--text", common.utf8), ("--image", common.text)):
+        group.add_argument(flag, action=Interleave, type=kind, default=argparse.SUPPRESS,
+                           help="a part of the context, in reading order (repeat)")
+    group.add_argument("--batch", metavar="FILE.jsonl", type=common.text, help="contexts, one a "
+                       f"line, such as {example_line}, also \"seed\" and \"out\", a name inside of "
+                       "--out; image paths are relative to the file")
 
 
 def add_composition_flags(parser):
     """Adds --image-weight and the flags of CogVideoX, with which other defaults hold [release]."""
-    parser.add_argument("--image-weight", action="append", type=float, default=[],
-                        help="factor of an image's aligned tokens, one for each --image; 1 is the "
-                        "paper's, FLUX was trained for no other")
-    common.add_flags(parser, VIDEO_FLAGS)
-    parser.add_argument("--video", dest="decoder", action="store_const", const="cogvideox",
+    group = parser.add_argument_group("composition and video")
+    group.add_argument("--image-weight", action="append", type=image_weight,
+                       default=[], help="factor of an image's aligned tokens, one for each "
+                       "--image; 1 is the paper's, FLUX was trained for no other")
+    for row in VIDEO_FLAGS:
+        common.add_flag(group, *row)
+    group.add_argument("--video", dest="decoder", action="store_const", const="cogvideox",
                         default=argparse.SUPPRESS, help="short for --decoder cogvideox")
     given = " ".join(sys.argv).replace("=", " ")
     if "--video" in sys.argv or "--decoder cogvideox" in given:
         parser.set_defaults(steps=50, guidance=6.0, size=None)
-
-
-def add_pipeline_flags(parser):
-    """Adds the flags of pipeline_options. All off: the stock pipeline's images, bit for bit."""
-    group = parser.add_argument_group("memory and speed (all off: the stock pipeline)")
-    common.add_flags(group, PIPELINE_FLAGS)
-    group.add_argument(
-        "--cache", type=number(float, 0, above=True), metavar="THRESHOLD",
-        help="first-block cache: skip the other blocks in steps where the first one's output "
-        "changed by less than this share; a larger threshold is faster and less faithful; the "
-        "images of a batch skip together, so that each depends on the others")
 
 
 def pipeline_options(args):
@@ -112,9 +113,6 @@ def pipeline_options(args):
         if not all(map(importlib.util.find_spec, ("imageio", "imageio_ffmpeg"))):
             raise UserError("videos need two more packages: pip install imageio==2.38.1 "
                             "imageio-ffmpeg==0.8.1")
-        if args.frames % 4 != 1:
-            raise UserError(f"--frames {args.frames}: CogVideoX makes 4 k + 1 frames, such as "
-                            f"{args.frames // 4 * 4 + 1}")
     return {name: vars(args)[name] for name in ("offload", "quantize", "compile", "cache")}
 
 
@@ -132,17 +130,29 @@ def vlm_options(args):
     return {"quantization_config": transformers.TorchAoConfig(int8_weights())}
 
 
+# those of transformers, of which diffusers would not notice missing weights
+TEXT_ENCODERS = {
+    "FluxPipeline": {"text_encoder": CLIPTextModel, "text_encoder_2": T5EncoderModel},
+    "CogVideoXPipeline": {"text_encoder": T5EncoderModel},
+}
+
+
 def load_pipeline(kind, path, device, dtype, offload=False, quantize=False, compile=False,
                   cache=None, **parts):
     """The diffusers pipeline of class `kind` with pipeline_options. parts: NAME=None omits one."""
     import diffusers
+    for name in TEXT_ENCODERS[kind].keys() - parts.keys():
+        parts[name] = common.pretrained_model(TEXT_ENCODERS[kind][name], path, subfolder=name,
+                                              dtype=dtype)
     if quantize:
         transformer = diffusers.TorchAoConfig(int8_weights())
         parts["quantization_config"] = diffusers.PipelineQuantizationConfig(
             quant_mapping={"transformer": transformer})
-    pipe = common.pretrained(getattr(diffusers, kind), path, dtype=dtype, **parts)
-    pipe.set_progress_bar_config(disable=True)
-    return speed_up(pipe, device, offload, compile, cache)
+    with common.loading(path):
+        pipe = getattr(diffusers, kind).from_pretrained(path, dtype=dtype, **parts)
+        pipe.set_progress_bar_config(disable=True)
+        # missing weights cannot be moved to the device
+        return speed_up(pipe, device, offload, compile, cache)
 
 
 def speed_up(pipe, device, offload=False, compile=False, cache=None):
@@ -172,6 +182,13 @@ def load_flux(path, device, dtype, t5_encoder=False, **options):
 @torch.no_grad()
 def t5_embeds(pipe, texts, max_length):
     """LLM_E(T): B texts through the pipeline's T5 encoder, padded -> (B, max_length, d_t5)."""
+    # of FLUX the second, of CogVideoX the only one
+    tokenizer = pipe.components.get("tokenizer_2", pipe.tokenizer)
+    for text in texts:
+        n_tokens = len(tokenizer(text).input_ids)
+        if n_tokens > max_length:
+            print(f"the text {text[:40]!r} has {n_tokens} T5 tokens, the last "
+                  f"{n_tokens - max_length} are cut (FLUX reads --t5-length)", file=sys.stderr)
     return pipe._get_t5_prompt_embeds(texts, max_sequence_length=max_length)
 
 
@@ -186,7 +203,7 @@ def prompt_width(args):
     path = args.cogvideox if is_video(args) else args.flux
     with common.loading(path):
         config = FluxTransformer2DModel.load_config(path, subfolder="transformer")
-    return config.get("joint_attention_dim") or config["text_embed_dim"]
+        return config.get("joint_attention_dim") or config["text_embed_dim"]
 
 
 def load_decoder(args, device, dtype, t5_encoder):
@@ -259,146 +276,210 @@ def equal_lengths(jobs, size, desc="draw"):
 
 # ---------------------------------------------------------------------------------------- contexts
 def read_contexts(args, read, example_line):
-    """The contexts asked for, as dicts, and the number of skipped lines of --batch.
+    """The contexts asked for, as dicts. Lines of --batch that cannot be drawn are skipped.
 
     A context is read(item, folder, args), with "out", "names" and "seed" added. item: a line of
-    --batch, as in example_line; or the flags --text and --image; or args.example, the miniature's.
-    Image paths are relative to folder. All files are opened and all output names checked here,
+    --batch, or of args.example, the miniature's; or the flags --text and --image. Image paths are
+    relative to folder, names of --batch to --out. All files are opened and all names checked here,
     before any model is loaded. Raises UserError if no context is left."""
-    suffixes = (".mp4",) if is_video(args) else IMAGE_SUFFIXES
+    suffixes = (".mp4",) if is_video(args) else tuple(FORMATS)
     images = [part["image"] for part in args.context if "image" in part]
     text = " ".join(part["text"] for part in args.context if "text" in part)
-    folder, lines = Path(), [{"context": args.context, "image": images, "text": text}]
+    asked = bool(images or text.strip())
+    file = args.batch or (args.example if not asked else None)
+    if not (file or asked):
+        raise UserError("no context: give --text and --image, --batch FILE.jsonl, or --mini "
+                        "for the shipped example")
+    lines = read_lines(file) if file else [(1, None)]
     if args.batch:
-        folder, lines = Path(args.batch).parent, read_lines(args.batch)
-    elif not (images or text.strip()):
-        if not args.example:
-            raise UserError("no context: give --text and --image, --batch FILE.jsonl, or --mini "
-                            "for the shipped example")
-        folder, lines = Path(args.example).parent, read_lines(args.example)
-    if args.out is None:
-        args.out = Path("outputs") if args.batch else next_free_name(suffixes[0])
-    contexts, skipped = [], 0
-    for n_line, line in enumerate(lines, 1):
+        args.out = args.out or Path("outputs")
+        common.lock_folder(args.out)
+    args.out = args.out or next_name(Path(f"outputs/0001{suffixes[0]}"))
+    args.skipped, taken = 0, set()
+
+    def complete(c):
+        item, out = {"context": args.context, "image": images, "text": text}, args.out
+        if file:
+            item = read_line(c["json"], example_line)
+        if args.batch:
+            out = args.out / item.get("out", f"{c['line']:05d}{suffixes[0]}")
+        else:
+            print("context:", json.dumps(args.context or item, ensure_ascii=False))
+        c |= read(item, Path(file or "").parent, args)
+        c |= {"out": out, "names": output_names(out, args, suffixes, taken),
+              "seed": common.seed(item.get("seed", args.seed))}
+    return usable([{"line": n_line, "json": line} for n_line, line in lines], complete, args)
+
+
+def usable(contexts, use, args):
+    """The contexts for which use(context) raises nothing. Lines of --batch for which it does are
+    named, and counted in args.skipped. Raises UserError if none is left."""
+    left = []
+    for c in contexts:
         try:
-            item = json.loads(line) if isinstance(line, str) else line
-            out = args.out
-            if args.batch:
-                out = Path(item.get("out") or args.out / f"{n_line:05d}{suffixes[0]}")
-            context = read(item, folder, args)
-            context |= {"out": out, "names": output_names(out, args, suffixes),
-                        "seed": int(item.get("seed", args.seed))}
-            taken = {name for other in contexts for name in other["names"]}
-            if taken & set(context["names"]):
-                raise UserError(f"{context['names'][0]} is the image of an earlier line")
-            contexts.append(context)
-        except (UserError, KeyError, TypeError, ValueError, AttributeError) as error:
+            use(c)
+            left.append(c)
+        # JSON, file names, tokenizers and chat templates raise many kinds
+        except Exception as error:
             if not args.batch:
-                raise
-            skipped += 1
-            reason = error if isinstance(error, UserError) else f"not a line like {example_line}"
-            print(f"skipped {args.batch} line {n_line}: {reason}", file=sys.stderr)
-    if not contexts:
+                raise UserError(first_line(error)) from error
+            args.skipped += 1
+            print(f"skipped {args.batch} line {c['line']}: {first_line(error)}", file=sys.stderr)
+    if not left:
         raise UserError(f"{args.batch} holds no context that can be drawn")
-    return contexts, skipped
+    return left
 
 
 def read_lines(path):
-    """The lines of a JSONL file that are not blank."""
+    """[(number of the line, bytes)] of the lines of a JSONL file that are not blank."""
     try:
-        return [line for line in Path(path).read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is no text"
-        raise UserError(f"cannot read {path}: {reason}") from None
+        lines = Path(path).read_bytes().split(b"\n")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    return [(n_line, line) for n_line, line in enumerate(lines, 1) if line.strip()]
 
 
-def next_free_name(suffix):
-    """outputs/0001.png, or the next number that is free."""
-    names = (Path("outputs") / f"{k:04d}{suffix}" for k in range(1, 10000))
-    return next(name for name in names if not name.exists())
+def read_line(line, example_line):
+    """The JSON object in a line (bytes): some keys of example_line, "seed", "out", and values like
+    theirs. Raises UserError, or ValueError for what is no JSON or no Unicode."""
+    item = {**json.loads(line.decode("utf-8-sig"))}
+    # refuses halves of surrogate pairs, NaN and Infinity
+    json.dumps(item, ensure_ascii=False, allow_nan=False).encode()
+    example = {**json.loads(example_line), "seed": 0, "out": "a.png"}
+    for key, value in item.items():
+        if key not in example or not is_like(value, example[key]):
+            raise UserError(f"{json.dumps({key: value})[:80]} is not like {json.dumps(example)}")
+    if not (item.get("context") or item.get("image") or item.get("text", "").strip()):
+        raise UserError("it holds no text and no picture")
+    return item
 
 
-def output_names(out, args, suffixes):
-    """A file name for each of --num-images images.
+def is_like(value, example):
+    """Whether two JSON values have the same type and, if they are objects, the same keys; each item
+    of a list must be like one of the example's."""
+    if isinstance(value, list) and isinstance(example, list):
+        return all(any(is_like(item, other) for other in example) for item in value)
+    if isinstance(value, dict) and isinstance(example, dict):
+        return value.keys() == example.keys() and all(is_like(value[k], example[k]) for k in value)
+    return type(value) is type(example)
 
-    Raises UserError if one cannot be written or would overwrite something."""
+
+def next_name(name):
+    """The path, or the next one that is free: 0002.png after 0001.png, a2.png after a.png."""
+    stem, number = re.fullmatch(r"(.*?)(\d*)", name.stem, re.DOTALL).groups()
+    names = (name.with_stem(f"{stem}{k:0{len(number)}}") for k in itertools.count(int(number or 2)))
+    return next(free for free in itertools.chain([name], names) if not os.path.lexists(free))
+
+
+def output_names(out, args, suffixes, taken):
+    """A file name for each of --num-images images; their resolved paths are added to `taken`.
+
+    Raises UserError if one is taken, outside of --batch's --out, cannot be written or would
+    overwrite something."""
     names = [out]
     if args.num_images > 1:
-        names = [out.with_name(f"{out.stem}-{k + 1}{out.suffix}") for k in range(args.num_images)]
+        names = [out.with_stem(f"{out.stem}-{k + 1}") for k in range(args.num_images)]
     for name in names:
-        if name.suffix.lower() not in suffixes:
-            raise UserError(f"--out {name}: end the name in {' or '.join(suffixes)}")
-        if name.exists() and not args.overwrite:
-            raise UserError(f"{name} exists: choose another --out, or add --overwrite")
-        try:
-            name.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot write to {name.parent}: {error.strerror}; choose another "
-                            "--out") from None
-        if not os.access(name.parent, os.W_OK):
-            raise UserError(f"cannot write to {name.parent}: permission denied; choose another "
-                            "--out")
+        path = name.resolve()
+        if args.batch and not path.is_relative_to(args.out.resolve()):
+            raise UserError(f"{name} is not inside {args.out}")
+        if taken & {path, *path.parents}:
+            raise UserError(f"{name} is the image of an earlier line")
+        if name.is_dir() or (os.path.lexists(name) and not args.overwrite):
+            raise UserError(f"{name} exists: choose another --out, or add --overwrite for an image")
+        check_name(name, suffixes)
+    taken.update(name.resolve() for name in names)
     return names
 
 
+def check_name(name, suffixes):
+    """Raises UserError unless a file with one of the suffixes can be written under this name."""
+    if name.suffix.lower() not in suffixes:
+        raise UserError(f"--out {name}: end the name in {' or '.join(suffixes)}")
+    try:
+        name.parent.mkdir(parents=True, exist_ok=True)
+        # the longest name of a temporary file
+        probe = Path(f"{name}.{os.getpid()}.tmp0.mp4")
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"cannot write to {name.parent}: {error.strerror}; choose another --out"
+                        ) from None
+
+
 # ------------------------------------------------------------------------------------------ saving
-def draw_contexts(pipe, contexts, skipped, build_prompt, args):
+def draw_contexts(pipe, contexts, build_prompt, args):
     """Draws each context's images from build_prompt(context) (N, d_t5), saves and reports them."""
-    jobs = []
-    for c in contexts:
-        try:
-            prompt = build_prompt(c)
-        except UserError as error:
-            if not args.batch:
-                raise
-            skipped += 1
-            print(f"skipped {c['out']}: {error}", file=sys.stderr)
-            continue
-        jobs += [(prompt, c["seed"] + k, name, c) for k, name in enumerate(c["names"])]
+    def add_prompt(c):
+        c["prompt"] = build_prompt(c)
+        if not c["prompt"].isfinite().all():
+            raise UserError("its prompt has values that are not finite: are the models whole?")
+    saved, jobs = [], [(c["prompt"], c["seed"] + k, name, c)
+                       for c in usable(contexts, add_prompt, args)
+                       for k, name in enumerate(c["names"])]
     for batch in equal_lengths(jobs, args.batch_size):
         prompts, seeds, names, of = zip(*batch, strict=True)
         if is_video(args):
             videos = generate_videos(pipe, torch.stack(prompts), seeds, args.size, args.frames,
                                      args.steps, args.guidance)
             for frames, name in zip(videos, names, strict=True):
-                save_video(frames, name, args.fps)
+                saved.append(save_video(frames, name, args.fps, args.overwrite))
             continue
         images = generate_images(pipe, torch.stack(prompts), [c["text"] for c in of], seeds,
                                  args.size, args.steps, args.guidance, args.true_cfg)
         for image, seed, name, c in zip(images, seeds, names, of, strict=True):
-            save_image(image, name, {**c["metadata"], "seed": seed, "aligner": str(args.aligner)})
+            metadata = {**c["metadata"], "seed": seed, "aligner": str(args.aligner)}
+            saved.append(save_image(image, name, metadata, args.overwrite))
     if args.batch:
-        print(f"drew {len(jobs)} pictures, skipped {skipped} lines of {args.batch}")
+        print(f"drew {len(saved)} pictures, skipped {args.skipped} lines of {args.batch}")
     else:
-        print("picture:", *contexts[0]["names"])
+        print("picture:", *saved)
 
 
 def draw_features(x_aligned, args, device, dtype):
     """Draws one image from x' (N, d_t5) to --out, for `explain`."""
+    check_name(args.out, FORMATS)
     pipe = load_flux(args.flux, device, dtype, t5_encoder=args.true_cfg > 1)
     images = generate_images(pipe, x_aligned[None], [""], [args.seed], args.size, args.steps,
                              args.guidance, args.true_cfg)
-    save_image(images[0], args.out, {"image": args.image, "seed": args.seed})
-    print(f"\npicture: {args.out}")
+    name = save_image(images[0], args.out, {"image": args.image, "seed": args.seed})
+    print(f"\npicture: {name}")
 
 
-def save_image(image, name, metadata):
-    """Writes a PIL image atomically, in the format of its suffix.
+def save_image(image, name, metadata, overwrite=False):
+    """Writes a PIL image in the format of its suffix, as `save` does.
 
     A PNG keeps `metadata` as JSON in its text entry "thinkdiff"."""
-    options = {"format": {".png": "PNG", ".webp": "WEBP"}.get(name.suffix.lower(), "JPEG")}
+    options = {"format": FORMATS[name.suffix.lower()]}
     if options["format"] == "PNG":
         options["pnginfo"] = PngInfo()
         options["pnginfo"].add_text("thinkdiff", json.dumps(metadata))
-    common.write_atomically(name, lambda temporary: image.save(temporary, **options))
+    return save(name, lambda temporary: image.save(temporary, **options), overwrite)
 
 
-def save_video(frames, name, fps):
-    """Writes PIL images as an mp4, atomically."""
+def save_video(frames, name, fps, overwrite):
+    """Writes PIL images as an mp4, as `save` does."""
     from diffusers.utils import export_to_video
 
     def export(temporary):
         # export_to_video knows the format by the suffix
         export_to_video(frames, f"{temporary}.mp4", fps=fps)
         os.replace(f"{temporary}.mp4", temporary)
-    common.write_atomically(name, export)
+    return save(name, export, overwrite)
+
+
+def save(name, write, overwrite):
+    """Writes what write(temporary_path) writes, atomically, to the path `name`; without
+    `overwrite` to the next free one if another program has taken it. Returns the path."""
+    # another program may be writing the same name
+    own = Path(f"{name}.{os.getpid()}")
+    common.write_atomically(own, write)
+    while not overwrite:
+        try:
+            open(name, "x").close()
+            break
+        except FileExistsError:
+            print(f"{name} was written by another program meanwhile", file=sys.stderr)
+            name = next_name(name)
+    os.replace(own, name)
+    return name

@@ -15,11 +15,13 @@ An interrupted run is resumed by the same command, with any number of processes.
     plan.jsonl          the selected images, [path, tar member, offset, size] a line
     shard-*.safetensors tokens (n, N) int32; unless --tokens-only features (n, N, d_vlm) bf16, or
                         with --features input (n, L, d_vlm) right-padded and lengths (n,)
-    shard-*.json        {"samples": [{index, prompt, sample}], "skipped": [{index, key, reason}]}
+    shard-*.json        {"samples": [{index, prompt, sample}], "skipped": [{index, key, reason}]};
+                        a shard's number is its lowest index, a line of plan.jsonl
     tokens-*            the same of --backend vllm, without features
     skipped.csv         images left out, and why
 """
-import argparse
+import startup
+
 import itertools
 import json
 import os
@@ -31,29 +33,30 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoConfig, AutoProcessor
 
 import common
 import models
-from common import MINI, MODELS, UserError, first_line, positive, pretrained, torchrun_ranks
+from common import MINI, MODELS, UserError, first_line, number, positive, pretrained, torchrun_ranks
 from images import ImageRef, find_images, load_image
 from thinkdiff_lvlm import PROMPTS, caption_messages, generate_with_features
-from training_data import read_shards
+from training_data import digest, read_shards
 
 # flag, type, full size, miniature, [source] and meaning
-FLAGS = [
+FLAGS = {"method": [
     ("--vlm", str, MODELS["vlm"], MINI["vlm"], "[paper] path or hub name of a Qwen-VL"),
     # the miniature's answers are short
-    ("--tokens", positive, 64, 40, "[paper, appendix B] tokens an image, EOS ignored"),
-    ("--temperature", float, 0.6, 0.6, "[release] of the sampling"),
-    ("--top-p", float, 0.9, 0.9, "[release] nucleus of the sampling"),
+    ("--tokens", common.count, 64, 40, "[paper, appendix B] tokens an image, EOS ignored"),
+    ("--temperature", number(float, 0, above=True), 0.6, 0.6, "[release] of the sampling"),
+    ("--top-p", common.nucleus, 0.9, 0.9, "[release] nucleus of the sampling"),
     ("--features", ("generated", "input"), "generated", "generated",
      "[paper] generated: of the answer's tokens; input: of the prompt's (ablation, table 3)"),
-    ("--count", positive, None, None, "a random subset of so many images; None: all"),
-    ("--seed", int, 0, 0, "decides the subset, the prompts and the sampling"),
+], "run": [
+    ("--count", common.count, None, None, "a random subset of so many images; None: all"),
+    ("--seed", common.seed, 0, 0, "decides the subset, the prompts and the sampling"),
     ("--max-side", positive, 1024, 1024,
      "[ours] longer images are shrunk: bounds their tokens (1,369) and the memory"),
     ("--tokens-only", bool, False, False,
@@ -65,7 +68,7 @@ FLAGS = [
     ("--shard-size", positive, 512, 512,
      "samples a file (235 MB at full size); an interruption loses at most so many"),
     ("--workers", positive, 4, 4, "threads that decode images ahead"),
-]
+]}
 
 
 # ---------------------------------------------------------------- backends
@@ -143,50 +146,86 @@ SETTINGS = ("vlm", "count", "seed", "tokens", "temperature", "top_p", "features"
 
 
 def make_plan(args):
-    """[ImageRef] of the selected images. Raises UserError if --out has other settings."""
-    out = Path(args.out)
-    meta, plan = out / "meta.json", out / "plan.jsonl"
+    """(content of meta.json, [ImageRef] of the selected images), which the first process makes.
+
+    Once there is a shard they are fixed: raises UserError if the settings or the files differ."""
+    out, first, new = Path(args.out), torchrun_ranks()[0] == 0, False
     settings = {name: vars(args)[name] for name in SETTINGS}
     settings["images"] = [os.path.abspath(path) for path in args.images]
     settings["prompts"] = PROMPTS
     settings["d_vlm"] = models.feature_width(args.vlm)
-    if torchrun_ranks()[0] == 0 and not meta.exists():
-        refs, faults = find_images(args.images)
-        for path, fault in faults:
-            print(f"{path}: {fault}", file=sys.stderr)
-        refs = list(refs.values())
-        count = args.count or len(refs)
-        if count > len(refs):
-            raise UserError(f"--count {count}, but there are only {len(refs)} pictures: lower it "
-                            "or add --images")
-        # tars are read front to back
-        selected = sorted(random.Random(args.seed).sample(range(len(refs)), count))
-        common.write_atomically(plan, "".join(json.dumps(refs[i]) + "\n" for i in selected))
-        common.write_json(meta, {**settings, "faults": faults})
-    # the other processes wait; torchrun ends them if the first one fails
-    while not meta.exists():
-        time.sleep(0.5)
-    found = json.loads(meta.read_text())
+    while True:
+        # before the plan is read, because shards come after it
+        begun = any(file for kind in ("shard", "tokens") for file in out.glob(f"{kind}-*.json"))
+        meta, plan, changed = read_plan(out, settings)
+        if not changed:
+            break
+        if begun:
+            raise UserError(f"{out} was begun with {'; '.join(changed)}: give or restore the same "
+                            "to go on, or choose another --out")
+        if first:
+            write_plan(args, settings)
+            new = True
+        else:
+            # torchrun ends this process if the first one fails
+            time.sleep(0.5)
+    if first and not new:
+        print(f"goes on with {out}/plan.jsonl; pictures added since are not in it")
+    return meta, plan
+
+
+def write_plan(args, settings):
+    """Finds the images, selects --count of them and writes plan.jsonl and meta.json."""
+    refs, skipped, faults = find_images(args.images)
+    for path, reason in faults + skipped:
+        print(f"{path}: {reason}", file=sys.stderr)
+    count = args.count or len(refs)
+    if count > len(refs):
+        raise UserError(f"--count {count}, but there are only {len(refs)} pictures: lower it "
+                        "or add --images")
+    # tars are read front to back
+    selected = sorted(random.Random(args.seed).sample(range(len(refs)), count))
+    plan = "".join(json.dumps(refs[i]) + "\n" for i in selected).encode()
+    common.write_atomically(Path(args.out, "plan.jsonl"), plan)
+    common.write_json(Path(args.out, "meta.json"), {
+        **settings, "found": len(refs) + len(skipped), "skipped": skipped, "faults": faults,
+        "plan_hash": digest(plan)})
+
+
+def read_plan(out, settings):
+    """(content of meta.json, [ImageRef], [what is gone, was changed or differs from settings]).
+
+    Raises UserError for a meta.json that is damaged or not of this script."""
+    try:
+        meta = common.read_json(out / "meta.json", {"prompts": list, "faults": list},
+                                "restore it or choose another --out")
+        lines = (out / "plan.jsonl").read_bytes()
+        # older folders have no hash, found and skipped
+        if meta.get("plan_hash") not in (None, digest(lines)):
+            raise ValueError("plan.jsonl was changed")
+        plan = [ImageRef(*json.loads(line)) for line in lines.splitlines()]
+        if not isinstance(meta.setdefault("found", len(plan)), int):
+            raise TypeError("meta.json was changed")
+        for name in ("faults", "skipped"):
+            meta[name] = [(str(path), str(reason)) for path, reason in meta.get(name, [])]
+    except (FileNotFoundError, ValueError, TypeError, RecursionError) as error:
+        return {}, [], [f"other files ({error})"]
     changed = []
     for name, value in settings.items():
-        old = found.get(name)
+        old = meta.get(name)
         # a model may have moved: the name of its folder counts
-        moved = name == "vlm" and old and Path(old).name == Path(value).name
+        moved = name == "vlm" and Path(str(old)).name == Path(value).name
         if old != value and not moved:
             changed.append(f"{name} {json.dumps(old)}, now {json.dumps(value)}")
-    if changed:
-        raise UserError(f"{out} was begun with {'; '.join(changed)}: give the same settings to go "
-                        "on, or another --out")
-    return [ImageRef(*json.loads(line)) for line in plan.read_text().splitlines()]
+    return meta, plan, changed
 
 
-def check_disk(args, plan, n_left):
+def check_disk(args, d_vlm, plan, n_left):
     """Prints the disk space that n_left samples need. Raises UserError if there is less."""
     length, estimate = 0 if args.tokens_only else args.tokens, ""
     if length and args.features == "input":
         # as long as the prompt, which depends on the image
         length, estimate = first_prompt_length(args, plan), ", judged by the first picture"
-    d_vlm = json.loads(Path(args.out, "meta.json").read_text())["d_vlm"]
     need = n_left * (4 * args.tokens + 2 * length * d_vlm) / 1e9
     free = shutil.disk_usage(args.out).free / 1e9
     if torchrun_ranks()[0] == 0:
@@ -212,27 +251,42 @@ def first_prompt_length(args, plan):
 
 def write_shard(args, kind, samples, skipped):
     """Writes a shard of samples, [(record, tokens (N,), features (L, d_vlm) or None)], and of
-    skipped, [record], under this process's next free number."""
-    name = f"{kind}-{torchrun_ranks()[0]:02}"
-    out = Path(args.out)
-    stem = out / f"{name}-{sum(1 for _ in out.glob(f'{name}-*.json')):05}"
-    records = []
+    skipped, [record]. Its number is its lowest index, which no other shard has."""
+    records = [record for record, *_ in samples]
+    first = min(row["index"] for row in records + skipped)
+    stem = Path(args.out, f"{kind}-{first:07}")
+    if stem.with_suffix(".json").exists():
+        raise UserError(f"{stem}.json is in the way of image {first}, which it does not hold: "
+                        "move it and its .safetensors away and run the same command again")
+    content = json.dumps({"samples": records, "skipped": skipped}).encode()
     if samples:
-        records, tokens, features = zip(*samples, strict=True)
+        _, tokens, features = zip(*samples, strict=True)
         tensors = {"tokens": torch.stack(tokens).to(torch.int32)}  # (n, N)
         if features[0] is not None:
             tensors["features"] = pad_sequence(features, batch_first=True)  # (n, L, d_vlm)
             if args.features == "input":
                 tensors["lengths"] = torch.tensor([len(x) for x in features])  # (n,)
-        common.write_atomically(f"{stem}.safetensors", save(tensors))
+        found = digest(content + tensors["tokens"].numpy().tobytes())
+        common.write_tensors(f"{stem}.safetensors", tensors, {"hash": found})
     # last, because it marks the shard as complete
-    common.write_atomically(f"{stem}.json", json.dumps({"samples": records, "skipped": skipped}))
+    common.write_atomically(f"{stem}.json", content)
 
 
-def finished(out, kind="shard"):
-    """The set of the indices in the plan that the shards hold, samples and skipped."""
-    rows = [shard["samples"] + shard["skipped"] for _, shard in read_shards(out, kind)]
-    return {row["index"] for row in itertools.chain.from_iterable(rows)}
+def finished(out, plan, with_tokens=False):
+    """{index in the plan: row of a shard} of samples, or tokens, and skipped images.
+
+    Raises UserError if a shard is not of this plan."""
+    rows = {}
+    for kind in ("tokens", "shard"):
+        for stem, shard in read_shards(out, kind):
+            for row in shard["skipped"] + shard["samples"]:
+                index, named = row["index"], row.get("sample", row.get("key"))
+                if not any(named in (list(ref), ref.key) for ref in plan[index:index + 1]):
+                    raise UserError(f"{stem}.json holds images that {out}/plan.jsonl does not: "
+                                    "move its two files away and run the same command again")
+                if kind == "shard" or with_tokens:
+                    rows[index] = row
+    return rows
 
 
 def load_tokens(out):
@@ -245,25 +299,30 @@ def load_tokens(out):
     return known
 
 
-def summarise(out, plan, kind):
-    """Writes skipped.csv; once the last process is done, prints what became of all images."""
-    shards = [shard for _, shard in read_shards(out, kind)]
-    n_samples = sum(len(shard["samples"]) for shard in shards)
-    skipped = [(row["key"], row["reason"]) for shard in shards for row in shard["skipped"]]
-    faults = json.loads((out / "meta.json").read_text())["faults"]
-    table = out / "skipped.csv"
+def summarise(out, meta, plan, with_tokens):
+    """Waits for the other processes, writes skipped.csv, prints what became of all images."""
+    rows = finished(out, plan, with_tokens)
+    if len(rows) < len(plan) and torchrun_ranks()[1] > 1:
+        print(f"this process is done; the others have {len(plan) - len(rows)} pictures left",
+              flush=True)
+        while len(rows) < len(plan):
+            time.sleep(2)
+            rows = finished(out, plan, with_tokens)
+    skipped = [(plan[index].key, row.get("reason"))
+               for index, row in sorted(rows.items()) if "sample" not in row]
+    n_written, table, faults = len(rows) - len(skipped), out / "skipped.csv", meta["faults"]
+    n_others = meta["found"] - len(meta["skipped"]) - len(plan)
+    skipped += meta["skipped"]
     common.write_csv(table, ("picture", "reason"), faults + skipped)
-    n_left = len(plan) - n_samples - len(skipped)
-    if n_left:
-        print(f"this process is done; the others have {n_left} samples left", flush=True)
-        return
-    if not n_samples:
-        raise UserError(f"none of the {len(plan)} pictures can be read: see {table}")
-    what = "the tokens of " if kind == "tokens" else ""
-    broken = f", {len(faults)} broken tars" if faults else ""
+    parts = {"not selected": n_others, "written": n_written, "skipped": len(skipped),
+             "left": len(plan) - len(rows)}
+    total = " + ".join(f"{n} {what}" for what, n in parts.items() if n or what == "skipped")
+    broken = f"; {len(faults)} faults in tars" if faults else ""
     see = f" (see {table})" if skipped or faults else ""
-    print(f"wrote {what}{n_samples} samples to {out}, skipped {len(skipped)} pictures{broken}{see}")
-    if kind == "tokens":
+    print(f"found {meta['found']} pictures = {total}{broken}{see}")
+    if not n_written:
+        raise UserError(f"none of the {len(plan)} pictures can be read: see {table}")
+    if with_tokens:
         print("their features come next: the same command without --backend vllm, in the "
               "environment of requirements.txt")
 
@@ -307,7 +366,7 @@ def describe_images(args, plan, todo, kind):
     known = load_tokens(args.out)
     first = [index for index in todo if index in known]
     rest = [index for index in todo if index not in known]
-    samples, skipped = [], []
+    samples, skipped, n_left = [], [], len(todo)
     bar = tqdm(total=len(todo), unit=" samples", desc="describing", smoothing=0.05,
                disable=torchrun_ranks()[0] != 0)
     # apart, because a batch is either generated or read
@@ -326,15 +385,14 @@ def describe_images(args, plan, todo, kind):
                 tokens = torch.stack([known[index] for index, _ in batch]).long()  # (B, N)
             samples += describe_batch(args, describe, plan, batch, tokens)
         bar.update(len(loaded))
-        if not samples and len(skipped) >= args.shard_size:
-            # not recorded: more likely the disk is at fault
-            raise UserError(f"{len(skipped)} pictures in a row cannot be read; is the disk there? "
-                            f"The last: {skipped[-1]['reason']}")
-        if len(samples) + len(skipped) >= args.shard_size:
+        n_left -= len(loaded)
+        if not n_left or len(samples) + len(skipped) >= args.shard_size:
+            # a disk that has gone is no reason to skip its pictures
+            if skipped and not any(os.path.exists(ref.path) for ref in plan):
+                raise UserError(f"none of the pictures in {args.out}/plan.jsonl is there any more: "
+                                "is the disk?")
             write_shard(args, kind, samples, skipped)
             samples, skipped = [], []
-    if samples or skipped:
-        write_shard(args, kind, samples, skipped)
     bar.close()
 
 
@@ -342,35 +400,36 @@ def lvlm(args):
     """Describes the images of args.images that --out lacks (paper section 3.3, appendix B)."""
     rank, world_size, _ = torchrun_ranks()
     out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    plan = make_plan(args)
-    done, kind = finished(out), "shard"
-    if args.backend == "vllm" and not args.tokens_only:
-        done, kind = done | finished(out, "tokens"), "tokens"
+    common.lock_folder(out)
+    meta, plan = make_plan(args)
+    # what has its features needs no tokens
+    with_tokens = args.backend == "vllm" and not args.tokens_only
+    done = set(finished(out, plan, with_tokens))
     # each process takes every world_size-th index, so that no two describe the same image
     todo = [index for index in range(rank, len(plan), world_size) if index not in done]
     if todo:
-        check_disk(args, plan, len(plan) - len(done))
-        describe_images(args, plan, todo, kind)
-    summarise(out, plan, kind)
+        check_disk(args, meta["d_vlm"], plan, len(plan) - len(done))
+        describe_images(args, plan, todo, "tokens" if with_tokens else "shard")
+    # the first process ends last, because it holds the lock
+    if rank == 0:
+        summarise(out, meta, plan, with_tokens)
 
 
 # ---------------------------------------------------------------- command line
 def main():
     if sys.argv[1:2] == ["fetch"]:
         raise UserError(f"fetch is a script of its own: python fetch.py {' '.join(sys.argv[2:])}")
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    p = common.add_command(commands, "lvlm", lvlm, "describe images, for thinkdiff_lvlm.py", FLAGS)
-    p.add_argument("--images", nargs="+", required=True, metavar="SOURCE",
-                   help="folders (of images or tars), tars, brace patterns of them")
-    p.add_argument("--out", required=True, help="folder for the shards")
+    p = common.add_command(commands, "lvlm", lvlm, "describe images, for thinkdiff_lvlm.py", {})
+    group = p.add_argument_group("required")
+    group.add_argument("--images", nargs="+", required=True, metavar="SOURCE", type=common.text,
+                       help="folders (of images or tars), tars, brace patterns of them")
+    group.add_argument("--out", required=True, type=common.text, help="folder for the shards")
+    common.add_flags(p, FLAGS)
     args = parser.parse_args()
-    if args.temperature <= 0 or not 0 < args.top_p <= 1:
-        p.error("--temperature must be above 0 and --top-p in (0, 1]")
     args.run(args)
 
 
 if __name__ == "__main__":
-    common.cli_main(main)
+    common.cli_main(main, "the same command goes on from what is on disk")

@@ -19,7 +19,8 @@ text, are the prompt_embeds of FLUX, or of CogVideoX for a video (appendix D).
     python thinkdiff_clip.py explain --mini
     torchrun --nproc_per_node 4 thinkdiff_clip.py train --data data/cc3m --out runs/clip
 """
-import argparse
+import startup
+
 import functools
 import itertools
 import math
@@ -41,7 +42,7 @@ import pipelines
 import training_data
 import training_run
 from aligner import NORMS, Aligner, load_aligner
-from common import MODEL_FLAGS, T5_FLAG, UserError, pick_device, positive, pretrained
+from common import MODEL_FLAGS, T5_FLAG, number, pick_device, positive, pretrained
 from images import load_image, open_image
 
 # --------------------------------------------------------------------------- hyperparameters
@@ -49,14 +50,14 @@ VARIANT = "clip"
 # Flag, type, full size, miniature, meaning: of the [paper], the authors' [release], or [ours].
 # The miniature's toy vocabulary is learned in far fewer steps than English, at a higher rate.
 TRAINING = [
-    ("--steps", positive, 100_000, 5_000, "[paper] optimizer steps"),
+    ("--steps", common.count, 100_000, 5_000, "[paper] optimizer steps"),
     ("--batch-size", positive, 168, 64, "[paper] samples a step, over all processes: 4 x 42"),
     ("--micro-batch", positive, 42, 64, "[ours] samples a process holds in memory at once"),
-    ("--lr", float, 1e-4, 2e-3, "[release] peak learning rate"),
-    ("--lr-end", float, 8e-5, 2e-4, "[release] learning rate at the end of the cosine"),
-    ("--lr-horizon", positive, 200_000, 5_000, "[release] step at which the cosine ends"),
-    ("--warmup", int, 2_000, 50, "[release] steps of linear warm-up from 1e-6"),
-    ("--weight-decay", float, 0.05, 0.05, "[release] AdamW's, on matrices only"),
+    ("--lr", number(float, 0, above=True), 1e-4, 2e-3, "[release] peak learning rate"),
+    ("--lr-end", number(float, 0), 8e-5, 2e-4, "[release] learning rate at the end of the cosine"),
+    ("--lr-horizon", common.count, 200_000, 5_000, "[release] step at which the cosine ends"),
+    ("--warmup", number(int, 0), 2_000, 50, "[release] steps of linear warm-up from 1e-6"),
+    ("--weight-decay", number(float, 0), 0.05, 0.05, "[release] AdamW's, on matrices only"),
     ("--masking", ("random", "none"), "random", "random",
      "[paper] random: first words in, the rest as target; none: no words in, all as target"),
     ("--norm", NORMS, "t5", "t5",
@@ -69,10 +70,10 @@ WARMUP_FROM = 1e-6  # [release] learning rate at step 0
 MAX_TEXT = 32  # [release] T5 tokens of T1 and of T2, EOS included
 MAX_SIDE = 512  # [ours] px; larger images are reduced as they are decoded, the CLIP sees 224
 INFERENCE = [
-    ("--size", positive, 1024, 64, "[release] width and height of an image in px"),
-    ("--t5-length", positive, 128, 48, "[release] T5 tokens of the padded text (FLUX)"),
+    ("--size", common.image_size, 1024, 64, "[release] width and height of an image in px"),
+    ("--t5-length", common.t5_length, 128, 48, "[release] T5 tokens of the padded text (FLUX)"),
 ]
-EXAMPLE_LINE = '{"image": ["a.png", "b.png"], "text": "...", "out": "c.png"}'
+EXAMPLE_LINE = '{"image": ["a.png", "b.png"], "text": "...", "image_weight": [1, 0.5]}'
 
 
 # -------------------------------------------------------------------- features x of the CLIP
@@ -175,6 +176,9 @@ def new_optimizer(aligner, args):
     # a group for each parameter, in the module's order: checkpoints name the states by it
     groups = [{"params": [p], "weight_decay": args.weight_decay if p.ndim > 1 else 0.0}
               for p in aligner.parameters()]
+    # in a step without a readable sample there is no other gradient
+    for p in aligner.parameters():
+        p.grad = torch.zeros_like(p)
     return torch.optim.AdamW(groups, betas=ADAM_BETAS, fused=groups[0]["params"][0].is_cuda)
 
 
@@ -197,8 +201,7 @@ def train(args):
         t5.decoder.compile(dynamic=True)
     aligner = new_aligner(t5, clip.config.hidden_size, args)
     optimizer = new_optimizer(aligner, args)
-    step = training_run.load_checkpoint(args, aligner, optimizer) if args.resume else 0
-    log = training_run.TrainingLog(args, step, aligner, n_train, len(data) - n_train)
+    run = training_run.TrainingRun(args, data, n_train, aligner, optimizer)
     # the aligner's weights stay fp32; its products are in bf16 where the models are
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
@@ -221,10 +224,12 @@ def train(args):
             total += torch.stack(t5_nll(t5, memory, mask, labels)).cpu()
         return (total[0] / total[1]).item()
 
-    batches = training_data.training_batches(n_train, args, step)
-    for micro_batches in itertools.islice(decoder_batches(batches), args.steps - step):
-        lr = learning_rate(log.step, args)
-        n_tokens = sum((labels != -100).sum() for *_, labels in micro_batches).float()
+    batches = training_data.training_batches(n_train, args, run.step)
+    for micro_batches in run.steps(decoder_batches(batches)):
+        lr = learning_rate(run.step, args)
+        n_tokens = torch.zeros((), device=device)
+        for *_, labels in micro_batches:
+            n_tokens += (labels != -100).sum()
         # the mean is over the tokens of the whole step, however they are spread
         common.sum_over_processes(n_tokens)
         loss = torch.zeros((), device=device)
@@ -239,28 +244,26 @@ def train(args):
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=False)
 
-        log.add(loss, lr)
-        if log.is_due(args.eval_every):
-            log.add_held_out(held_out_loss())
-        if log.is_due(args.save_every):
-            log.save()
-            training_run.save_checkpoint(args, log.step, aligner, optimizer)
-    log.finish(aligner)
+        run.add(loss, lr)
+        if run.is_due(args.eval_every):
+            run.add_held_out(held_out_loss())
+        if run.every(args.save_every):
+            run.save()
+    run.finish()
 
 
 # --------------------------------------------------------------------------------- inference
 def read_context(item, folder, args):
     """A context: {"images": PIL images, "weights": one for each image, "text"}."""
-    paths, text = item.get("image", []), str(item.get("text", ""))
-    if not (paths or text) or not isinstance(paths, list):
-        raise ValueError
-    weights = [*map(float, item.get("image_weight") or args.image_weight)] or [1.0] * len(paths)
+    paths, text = item.get("image", []), item.get("text", "")
+    weights = item.get("image_weight") or args.image_weight or [1.0] * len(paths)
+    weights = [*map(pipelines.image_weight, weights)]
     if len(weights) != len(paths):
-        raise UserError(f"{len(weights)} image weights for {len(paths)} pictures: give one for "
-                        "each, in the same order, or none")
-    metadata = {"images": [*map(str, paths)], "weights": weights, "text": text}
+        raise common.UserError(f"{len(weights)} image weights for {len(paths)} pictures: give one "
+                               "for each, in the same order, or none")
+    metadata = {"images": paths, "weights": weights, "text": text}
     images = [open_image(folder / path, max_side=MAX_SIDE) for path in paths]
     return {**metadata, "images": images, "metadata": metadata}
 
@@ -274,6 +277,7 @@ def encode_contexts(contexts, args, device, dtype):
             clip = clip or models.load_clip(args.vlm, device, dtype)
             pixels = [preprocess(image, clip.config.image_size) for image in c["images"]]
             c["x"] = image_tokens(clip, torch.stack(pixels).to(device))
+    return contexts
 
 
 @torch.no_grad()
@@ -290,7 +294,7 @@ def build_prompt_embeds(pipe, context, aligner, args):
 def generate(args):
     """Images -> CLIP -> aligner, text -> T5 encoder, both -> FLUX or CogVideoX (Eq. 5)."""
     pipelines.pipeline_options(args)
-    contexts, skipped = pipelines.read_contexts(args, read_context, EXAMPLE_LINE)
+    contexts = pipelines.read_contexts(args, read_context, EXAMPLE_LINE)
     device, dtype = pick_device()
     aligner = None
     if any(c["images"] for c in contexts):
@@ -298,11 +302,11 @@ def generate(args):
         aligner = load_aligner(args.aligner, d_vlm, pipelines.prompt_width(args))
         aligner.to(device, dtype)
     # the frozen encoder has left memory when FLUX comes
-    encode_contexts(contexts, args, device, dtype)
+    contexts = encode_contexts(contexts, args, device, dtype)
     needs_t5 = args.true_cfg > 1 or any(c["text"] for c in contexts)
     pipe = pipelines.load_decoder(args, device, dtype, needs_t5)
     build_prompt = functools.partial(build_prompt_embeds, pipe, aligner=aligner, args=args)
-    pipelines.draw_contexts(pipe, contexts, skipped, build_prompt, args)
+    pipelines.draw_contexts(pipe, contexts, build_prompt, args)
 
 
 # ----------------------------------------------------------------------------------- explain
@@ -337,26 +341,30 @@ def explain(args):
 
 # ------------------------------------------------------------------------------ command line
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     vlm, aligner = MODEL_FLAGS[VARIANT]
-    common.add_command(commands, "train", train, "train the aligner", [
+    common.add_command(commands, "train", train, "train the aligner", {"data and models": [
         ("--data", str, ["data/cc3m", "data/cc12m", "data/sbu"], ["data/mini"],
          "folders (of KEY.jpg and KEY.txt, or of tars), WebDataset tars, brace patterns of them"),
         ("--out", str, f"runs/{VARIANT}", f"runs/mini-{VARIANT}", "checkpoints, log and aligner"),
-        vlm, T5_FLAG, *TRAINING, *common.RUN_FLAGS])
+        vlm, T5_FLAG], "method": TRAINING, "run": common.RUN_FLAGS})
 
-    p = common.add_command(commands, "generate", generate, "draw the image of a context", [
-        vlm, aligner, *INFERENCE, *pipelines.FLUX_FLAGS, *pipelines.OUTPUT_FLAGS])
+    p = common.add_command(commands, "generate", generate, "draw the image of a context", {})
     pipelines.add_context_flags(p, VARIANT, EXAMPLE_LINE)
+    common.add_flags(p, {
+        "output": pipelines.OUTPUT_FLAGS, "models": [vlm, aligner],
+        "method": INFERENCE, "drawing": pipelines.FLUX_FLAGS, **pipelines.SPEED})
     pipelines.add_composition_flags(p)
-    pipelines.add_pipeline_flags(p)
 
-    common.add_command(commands, "explain", explain, "walk one sample through the method", [
-        ("--image", str, "image.jpg", f"{common.EXAMPLE}/white_car.png", "the sample's image"),
-        ("--text", str, "a caption", "A picture of a white car. The car is white.", "its caption"),
-        vlm, T5_FLAG, aligner, *INFERENCE[:1], *pipelines.FLUX_FLAGS, *inspection.FLAGS],
+    common.add_command(commands, "explain", explain, "walk one sample through the method", {
+        "sample": [
+            ("--image", str, "image.jpg", f"{common.EXAMPLE}/white_car.png", "the sample's image"),
+            ("--text", common.utf8, "a caption", "A picture of a white car. The car is white.",
+             "its caption"),
+            *inspection.FLAGS],
+        "models": [vlm, T5_FLAG, aligner],
+        "drawing": [*INFERENCE[:1], *pipelines.FLUX_FLAGS]},
         masking="random", features="generated", norm="t5", hidden=None)
     args = parser.parse_args()
     args.run(args)

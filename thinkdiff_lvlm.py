@@ -20,7 +20,8 @@ of its answer replace the T5 encoder's prompt_embeds in FLUX.
     python thinkdiff_lvlm.py explain --mini
     torchrun --nproc_per_node 4 thinkdiff_lvlm.py train --data data/lvlm --out runs/lvlm
 """
-import argparse
+import startup
+
 import functools
 import itertools
 import math
@@ -39,7 +40,7 @@ import pipelines
 import training_data
 import training_run
 from aligner import NORMS, Aligner, load_aligner
-from common import MODEL_FLAGS, T5_FLAG, pick_device, positive, pretrained
+from common import MODEL_FLAGS, T5_FLAG, number, pick_device, positive, pretrained
 from images import open_image
 
 # --------------------------------------------------------------------------- hyperparameters
@@ -49,14 +50,14 @@ VARIANT = "lvlm"
 FEATURES = ("--features", ("generated", "input"), "generated", "generated",
             "[paper] input: of the prompt's tokens (Table 3), for data prepared with this flag")
 TRAINING = [
-    ("--steps", positive, 25_000, 1_500, "[paper] optimizer steps"),
+    ("--steps", common.count, 25_000, 1_500, "[paper] optimizer steps"),
     ("--batch-size", positive, 96, 64, "[paper] samples a step, over all processes: 4 x 24"),
     ("--micro-batch", positive, 24, 64, "[ours] samples a process holds in memory at once"),
-    ("--lr", float, 1e-4, 2e-3, "[release] peak learning rate"),
-    ("--lr-end", float, 8e-5, 2e-4, "[release] learning rate at the end of the cosine"),
-    ("--lr-horizon", positive, 200_000, 1_500, "[release] step at which the cosine ends"),
-    ("--warmup", int, 2_000, 50, "[release] steps of linear warm-up from 1e-6"),
-    ("--weight-decay", float, 0.05, 0.05, "[release] AdamW's, on matrices only"),
+    ("--lr", number(float, 0, above=True), 1e-4, 2e-3, "[release] peak learning rate"),
+    ("--lr-end", number(float, 0), 8e-5, 2e-4, "[release] learning rate at the end of the cosine"),
+    ("--lr-horizon", common.count, 200_000, 1_500, "[release] step at which the cosine ends"),
+    ("--warmup", number(int, 0), 2_000, 50, "[release] steps of linear warm-up from 1e-6"),
+    ("--weight-decay", number(float, 0), 0.05, 0.05, "[release] AdamW's, on matrices only"),
     ("--masking", ("random", "none"), "random", "random",
      "[paper] random: a prefix in, the rest as target; none: all in, all as target (Table 3)"),
     FEATURES,
@@ -72,15 +73,16 @@ INSTRUCTION = (  # [paper] appendix B, for CoBSAT
     "give me a detailed diffusion prompt to describe the next picture. Please only provide me the "
     "detailed prompt and start the answer with 'Create an image'.")
 INFERENCE = [
-    ("--size", positive, 512, 64, "[release] width and height of an image in px"),
+    ("--size", common.image_size, 512, 64, "[release] width and height of an image in px"),
     ("--max-new-tokens", positive, 128, 128, "[release] longest answer of the VLM"),
-    ("--temperature", float, 0.0, 0.0, "[ours] of the VLM's sampling; 0: greedy, reproducible"),
-    ("--top-p", float, 0.9, 0.9, "[release] nucleus of the VLM's sampling"),
-    ("--instruction", str, INSTRUCTION, INSTRUCTION, "what the VLM reads before the context"),
+    ("--temperature", number(float, 0), 0.0, 0.0, "[ours] of the VLM's sampling; 0: greedy"),
+    ("--top-p", common.nucleus, 0.9, 0.9, "[release] nucleus of the VLM's sampling"),
+    ("--instruction", common.utf8, INSTRUCTION, INSTRUCTION, "read before the context"),
     ("--relay", bool, False, False, "baseline without aligner: the VLM's words through T5"),
-    ("--t5-length", positive, 512, 48, "[ours] only for --relay: T5 tokens of the padded words"),
+    ("--t5-length", common.t5_length, 512, 48, "[ours] of --relay: T5 tokens of the padded words"),
+    FEATURES,
 ]
-EXAMPLE_LINE = '{"context": [{"text": "..."}, {"image": "a.png"}], "out": "b.png"}'
+EXAMPLE_LINE = '{"context": [{"text": "..."}, {"image": "a.png"}], "instruction": "..."}'
 PROMPTS = [  # [paper] appendix B
     "Describe the image concisely.",
     "Provide a brief description of the given image.",
@@ -217,6 +219,9 @@ def new_optimizer(aligner, args):
     # a group for each parameter, in the module's order: checkpoints name the states by it
     groups = [{"params": [p], "weight_decay": args.weight_decay if p.ndim > 1 else 0.0}
               for p in aligner.parameters()]
+    # in a step without a readable sample there is no other gradient
+    for p in aligner.parameters():
+        p.grad = torch.zeros_like(p)
     return torch.optim.AdamW(groups, betas=ADAM_BETAS, fused=groups[0]["params"][0].is_cuda)
 
 
@@ -235,8 +240,7 @@ def train(args):
         t5.decoder.compile(dynamic=True)
     aligner = new_aligner(t5, data.meta["d_vlm"], args)
     optimizer = new_optimizer(aligner, args)
-    step = training_run.load_checkpoint(args, aligner, optimizer) if args.resume else 0
-    log = training_run.TrainingLog(args, step, aligner, n_train, len(data) - n_train)
+    run = training_run.TrainingRun(args, data, n_train, aligner, optimizer)
     # the aligner's weights stay fp32; its products are in bf16 where the models are
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
@@ -260,10 +264,12 @@ def train(args):
             total += torch.stack(t5_nll(t5, x_aligned, mask, labels)).cpu()
         return (total[0] / total[1]).item()
 
-    batches = training_data.training_batches(n_train, args, step)
-    for micro_batches in itertools.islice(decoder_batches(batches), args.steps - step):
-        lr = learning_rate(log.step, args)
-        n_tokens = sum((labels != -100).sum() for *_, labels in micro_batches).float()
+    batches = training_data.training_batches(n_train, args, run.step)
+    for micro_batches in run.steps(decoder_batches(batches)):
+        lr = learning_rate(run.step, args)
+        n_tokens = torch.zeros((), device=device)
+        for *_, labels in micro_batches:
+            n_tokens += (labels != -100).sum()
         # the mean is over the tokens of the whole step, however they are spread
         common.sum_over_processes(n_tokens)
         loss = torch.zeros((), device=device)
@@ -277,34 +283,34 @@ def train(args):
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=False)
 
-        log.add(loss, lr)
-        if log.is_due(args.eval_every):
-            log.add_held_out(held_out_loss())
-        if log.is_due(args.save_every):
-            log.save()
-            training_run.save_checkpoint(args, log.step, aligner, optimizer)
-    log.finish(aligner)
+        run.add(loss, lr)
+        if run.is_due(args.eval_every):
+            run.add_held_out(held_out_loss())
+        if run.every(args.save_every):
+            run.save()
+    run.finish()
 
 
 # --------------------------------------------------------------------------------- inference
 def read_context(item, folder, args):
-    """A context: {"parts": as context_messages takes them, "instruction"}."""
-    parts = []
-    for kind, value in (pair for part in item["context"] for pair in part.items()):
-        parts.append((kind, open_image(folder / value) if kind == "image" else str(value)))
-    return {"parts": parts, "instruction": item.get("instruction", args.instruction)}
+    """A context: {"chat": as the VLM reads it}."""
+    parts = [(kind, open_image(folder / value) if kind == "image" else value)
+             for part in item["context"] for kind, value in part.items()]
+    return {"chat": context_messages(parts, item.get("instruction", args.instruction))}
 
 
 def encode_contexts(contexts, args, device, dtype):
-    """Adds the VLM's answer to each context: "words" and their features "x" (n, d_vlm)."""
+    """The contexts that the VLM can read, with its answer: "words" and features "x" (n, d_vlm)."""
     model, processor = models.load_vlm(args.vlm, device, dtype, **pipelines.vlm_options(args))
+    longest = model.config.get_text_config().max_position_embeddings - args.max_new_tokens
+    encode = functools.partial(models.encode_messages, processor, longest=longest)
+    contexts = pipelines.usable(contexts, lambda c: encode([c["chat"]]), args)
     starts = range(0, len(contexts), args.batch_size)
     for start in tqdm(starts, "answer", disable=len(contexts) == 1):
         group = contexts[start:start + args.batch_size]
-        chats = [context_messages(c["parts"], c["instruction"]) for c in group]
-        inputs = models.encode_messages(processor, chats).to(device)
+        inputs = encode([c["chat"] for c in group]).to(device)
         y, x, lengths = generate_with_features(
             model, inputs, args.max_new_tokens, ignore_eos=False, do_sample=args.temperature > 0,
             temperature=args.temperature, top_p=args.top_p, seeds=[c["seed"] for c in group])
@@ -314,10 +320,12 @@ def encode_contexts(contexts, args, device, dtype):
             x = models.prompt_features(model, inputs)
         for c, x_c, y_c, n in zip(group, x, y, lengths, strict=True):
             words = processor.tokenizer.decode(y_c[:n], skip_special_tokens=True).strip()
-            print(f"{c['out']}: {words}")
+            cut = " (cut at --max-new-tokens)" if n == args.max_new_tokens else ""
+            print(f"{c['out']}: {words}{cut}")
             # FLUX's pooled CLIP embedding is that of the empty text
             c |= {"x": x_c, "words": words, "text": "",
                   "metadata": {"words": words, "relay": args.relay}}
+    return contexts
 
 
 @torch.no_grad()
@@ -331,7 +339,7 @@ def build_prompt_embeds(pipe, context, aligner, args):
 def generate(args):
     """Context -> VLM -> aligner -> FLUX (Eq. 3)."""
     pipelines.pipeline_options(args)
-    contexts, skipped = pipelines.read_contexts(args, read_context, EXAMPLE_LINE)
+    contexts = pipelines.read_contexts(args, read_context, EXAMPLE_LINE)
     device, dtype = pick_device()
     aligner = None
     if not args.relay:
@@ -339,11 +347,11 @@ def generate(args):
         aligner = load_aligner(args.aligner, d_vlm, pipelines.prompt_width(args))
         aligner.to(device, dtype)
     # the frozen encoder has left memory when FLUX comes
-    encode_contexts(contexts, args, device, dtype)
+    contexts = encode_contexts(contexts, args, device, dtype)
     needs_t5 = args.true_cfg > 1 or args.relay
     pipe = pipelines.load_decoder(args, device, dtype, needs_t5)
     build_prompt = functools.partial(build_prompt_embeds, pipe, aligner=aligner, args=args)
-    pipelines.draw_contexts(pipe, contexts, skipped, build_prompt, args)
+    pipelines.draw_contexts(pipe, contexts, build_prompt, args)
 
 
 # ----------------------------------------------------------------------------------- explain
@@ -353,12 +361,12 @@ def explain(args):
     device, dtype = pick_device()
     model, processor = models.load_vlm(args.vlm, device, dtype)
     decode = functools.partial(processor.tokenizer.decode, skip_special_tokens=True)
-    chat = caption_messages(open_image(args.image), int(args.prompt))
+    chat = caption_messages(open_image(args.image), args.prompt)
     inputs = models.encode_messages(processor, [chat]).to(device)
     y, x, _ = generate_with_features(model, inputs, args.tokens, do_sample=False)
     y, x = y[0], x[0]  # (N,), (N, d_vlm)
     text, n_equal = decode(y), (model.lm_head(x).argmax(-1) == y).sum()
-    print(f"image    {args.image}\nprompt   {PROMPTS[int(args.prompt)]}\nanswer   {text}\n\n"
+    print(f"image    {args.image}\nprompt   {PROMPTS[args.prompt]}\nanswer   {text}\n\n"
           f"argmax lm_head(x_i) = y_i for {n_equal} of {len(y)} tokens\n")
     del model
 
@@ -382,25 +390,28 @@ def explain(args):
 
 # ------------------------------------------------------------------------------ command line
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     vlm, aligner = MODEL_FLAGS[VARIANT]
-    common.add_command(commands, "train", train, "train the aligner", [
+    common.add_command(commands, "train", train, "train the aligner", {"data and models": [
         ("--data", str, "data/lvlm", "data/mini-lvlm", "folder of `prepare_data.py lvlm`"),
         ("--out", str, f"runs/{VARIANT}", f"runs/mini-{VARIANT}", "checkpoints, log and aligner"),
-        vlm, T5_FLAG, *TRAINING, *common.RUN_FLAGS])
+        vlm, T5_FLAG], "method": TRAINING, "run": common.RUN_FLAGS})
 
-    p = common.add_command(commands, "generate", generate, "draw the image of a context", [
-        vlm, aligner, FEATURES, *INFERENCE, *pipelines.FLUX_FLAGS, *pipelines.OUTPUT_FLAGS])
+    p = common.add_command(commands, "generate", generate, "draw the image of a context", {})
     pipelines.add_context_flags(p, VARIANT, EXAMPLE_LINE)
-    pipelines.add_pipeline_flags(p)
+    common.add_flags(p, {
+        "output": pipelines.OUTPUT_FLAGS, "models": [vlm, aligner],
+        "method": INFERENCE, "drawing": pipelines.FLUX_FLAGS, **pipelines.SPEED})
 
-    common.add_command(commands, "explain", explain, "walk one sample through the method", [
-        ("--image", str, "image.jpg", f"{common.EXAMPLE}/white_car.png", "the sample's image"),
-        ("--prompt", tuple(map(str, range(16))), 0, 0, "number of the prompt"),
-        ("--tokens", common.number(int, 2), 64, 40, "[paper] N, as prepare_data.py generates them"),
-        vlm, T5_FLAG, aligner, *INFERENCE[:1], *pipelines.FLUX_FLAGS, *inspection.FLAGS],
+    common.add_command(commands, "explain", explain, "walk one sample through the method", {
+        "sample": [
+            ("--image", str, "image.jpg", f"{common.EXAMPLE}/white_car.png", "the sample's image"),
+            ("--prompt", number(int, 0, len(PROMPTS) - 1), 0, 0, "number of the prompt"),
+            ("--tokens", number(int, 2, 10_000), 64, 40, "[paper] N, as in prepare_data.py"),
+            *inspection.FLAGS],
+        "models": [vlm, T5_FLAG, aligner],
+        "drawing": [*INFERENCE[:1], *pipelines.FLUX_FLAGS]},
         masking="random", features="generated", norm="t5", hidden=None)
     args = parser.parse_args()
     args.run(args)

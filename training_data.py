@@ -1,6 +1,7 @@
 """The samples of training as datasets that threads read ahead: the VLM's features (ThinkDiff-LVLM),
 or images with captions (ThinkDiff-CLIP). Which samples a step sees depends on the seed alone."""
 import array
+import hashlib
 import itertools
 import json
 import os
@@ -10,20 +11,54 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from common import UserError, torchrun_ranks
+from common import UserError, first_line, is_mini, read_json, torchrun_ranks
 from images import ImageRef, index_captions, load_image
 
 
 # ------------------------------------------------------- ThinkDiff-LVLM: tokens and features
+def digest(data):
+    """A hash of bytes, 16 characters, by which changed or mixed-up files are noticed."""
+    return hashlib.blake2b(data, digest_size=8).hexdigest()
+
+
 def read_shards(folder, kind="shard"):
     """[(stem, {"samples", "skipped"})] of a folder's finished shards; tensors: stem.safetensors.
 
-    kind "tokens": shards of `prepare_data.py lvlm --backend vllm`, which have no features yet."""
-    files = sorted(Path(folder).glob(f"{kind}-*.json"))
-    return [(file.with_suffix(""), json.loads(file.read_text())) for file in files]
+    kind "tokens": shards of `prepare_data.py lvlm --backend vllm`, which have no features yet.
+    The features are not read. Raises UserError for a damaged shard, and if two have an index."""
+    shards, known = [], set()
+    for file in sorted(Path(folder).glob(f"{kind}-*.json")):
+        stem = file.with_suffix("")
+        advice = f"delete {stem}.* and prepare these images again with the same command"
+        shard = read_json(file, {"samples": list, "skipped": list}, advice)
+        try:
+            indices = [row["index"] for row in shard["samples"] + shard["skipped"]]
+            n_known = len(known)
+            known.update(indices)
+            if {*map(type, indices)} - {int} or len(known) < n_known + len(indices):
+                raise ValueError("an index is there twice, or is no number")
+            if shard["samples"]:
+                check_tensors(stem, file.read_bytes(), len(shard["samples"]))
+        except (SafetensorError, FileNotFoundError, LookupError, TypeError, ValueError) as error:
+            raise UserError(f"{file} is damaged ({first_line(error)[:90]}): {advice}") from None
+        shards.append((stem, shard))
+    return shards
+
+
+def check_tensors(stem, content, n_samples):
+    """Raises ValueError unless a shard's tensors belong to the content (bytes) of its JSON."""
+    with safe_open(f"{stem}.safetensors", "pt") as tensors:
+        lengths = {name: tensors.get_slice(name).get_shape()[0] for name in tensors.keys()}
+        if lengths.keys() - {"features", "lengths"} != {"tokens"}:
+            raise ValueError(f"its tensors are {', '.join(lengths)}")
+        written_for = (tensors.metadata() or {}).get("hash")
+        found = digest(content + tensors.get_tensor("tokens").numpy().tobytes())
+    # older shards have no hash
+    if {*lengths.values()} != {n_samples} or written_for not in (None, found):
+        raise ValueError("the .safetensors does not belong to the .json")
 
 
 class FeatureDataset:
@@ -34,17 +69,33 @@ class FeatureDataset:
     kept in memory: the features are 780 GB at full size. meta: the settings of the data."""
 
     def __init__(self, folder, messages=None, args=None):
+        meta, plan = Path(folder, "meta.json"), Path(folder, "plan.jsonl")
+        fields = {"features": str, "tokens": int, "tokens_only": bool, "d_vlm": int}
         try:
-            self.meta = json.loads((Path(folder) / "meta.json").read_text())
-        except (FileNotFoundError, NotADirectoryError):
-            raise UserError(f"no training data in {folder} (no meta.json there): make it with "
-                            f"`python prepare_data.py lvlm --out {folder}`") from None
+            self.meta, planned = read_json(meta, fields), plan.read_bytes()
+        except (FileNotFoundError, NotADirectoryError) as error:
+            mini = " --mini" if is_mini() else ""
+            raise UserError(
+                f"no training data in {folder} ({error.filename} is missing): make it with `python "
+                f"prepare_data.py lvlm{mini} --images FOLDER --out {folder}`") from None
+        if self.meta.get("plan_hash", digest(planned)) != digest(planned):
+            raise UserError(f"{plan} is not the one that {meta} was written with: restore it")
         if args:
             self.check(args)
         self.files, self.rows, self.messages, self.unreadable = {}, [], messages, set()
+        found, hash = set(), hashlib.blake2b(planned)
         for stem, shard in read_shards(folder):
             self.rows += [(f"{stem}.safetensors", row, record)
                           for row, record in enumerate(shard["samples"])]
+            found.update(row["index"] for row in shard["samples"] + shard["skipped"])
+            size = os.path.getsize(f"{stem}.safetensors") if shard["samples"] else 0
+            hash.update(Path(f"{stem}.json").read_bytes() + b"%d" % size)
+        n = planned.count(b"\n")
+        if found != {*range(n)}:
+            raise UserError(f"{folder} holds {len(found):,} of {n:,} samples: finish it with the "
+                            "same `prepare_data.py` command")
+        # what a resumed run must find again
+        self.fingerprint = hash.hexdigest()
         # an order that does not depend on how many processes prepared the data
         self.rows.sort(key=lambda row: row[2]["index"])
 
@@ -68,9 +119,15 @@ class FeatureDataset:
             self.files[file] = safe_open(file, "pt")
         return self.files[file].get_slice(name)[row]
 
+    def name(self, i):
+        """The image of sample i, for messages."""
+        return ImageRef(*self.rows[i][2]["sample"]).key
+
     def __getitem__(self, i):
-        """Any number of threads may call it. Raises UserError if an image cannot be read."""
+        """Any number of threads may call it. Raises UserError if a sample cannot be used."""
         y = self.tensor(i, "tokens").long()
+        if y.min() < 0:
+            raise UserError(f"cannot use {self.name(i)}: it has negative tokens")
         if self.meta["tokens_only"]:
             record = self.rows[i][2]
             image = load_image(ImageRef(*record["sample"]), self.meta["max_side"])
@@ -78,6 +135,8 @@ class FeatureDataset:
         x = self.tensor(i, "features")
         if self.meta["features"] == "input":
             x = x[:self.tensor(i, "lengths")]
+        if not x.isfinite().all():
+            raise UserError(f"cannot use {self.name(i)}: it has features that are not finite")
         # clone: read the disk now, in the caller's thread, not when the mapped memory is first used
         return x.clone(), y
 
@@ -90,23 +149,39 @@ class ImageCaptionDataset:
     line for each pair; only the lines' offsets are kept in memory (120 MB for 15 M pairs)."""
 
     def __init__(self, sources, index, load, resume=False):
-        head = json.dumps([os.path.abspath(source) for source in sources]) + "\n"
-
-        def is_indexed():
-            return index.exists() and index.open().readline() == head
+        def fault():
+            """Why the index cannot be used; None if it can."""
+            try:
+                with open(index, "rb") as file:
+                    head = json.loads(file.readline())
+                    # earlier versions wrote the sources only
+                    head = head if isinstance(head, dict) else {"sources": head}
+                    self.fingerprint = hashlib.file_digest(file, "blake2b").hexdigest()
+                if head.get("hash", self.fingerprint) != self.fingerprint:
+                    raise ValueError("its hash is another")
+            except (FileNotFoundError, ValueError, RecursionError):
+                return f"{index} is missing or damaged"
+            if head.get("sources") != [os.path.abspath(source) for source in sources]:
+                return f"it is no run with --data {' '.join(sources)}"
+            for tar, size in head.get("tars", {}).items():
+                if not os.path.exists(tar) or os.path.getsize(tar) != size:
+                    return f"{tar} is missing, or its size has changed since {index} was made"
+            return None
 
         # a resumed run keeps its index, whatever has come to the folders since
-        if resume and not is_indexed():
-            raise UserError(f"cannot resume {index.parent}: it is no run with --data "
-                            f"{' '.join(sources)}. Repeat the first command with --resume, or "
-                            "choose another --out")
-        if torchrun_ranks()[0] == 0 and not is_indexed():
-            index_captions(sources, index, head)
-        elif torchrun_ranks()[0] == 0 and not resume:
+        problem, rank = fault(), torchrun_ranks()[0]
+        if problem and rank == 0 and not resume:
+            index_captions(sources, index)
+            problem = fault()
+        elif rank == 0 and not resume:
             print(f"takes the pairs from {index}; delete it to look for them again")
         # the other processes wait; torchrun ends them if the first one fails
-        while not is_indexed():
+        while problem and rank and not resume:
             time.sleep(0.5)
+            problem = fault()
+        if problem:
+            raise UserError(f"cannot resume {index.parent}: {problem}. Repeat the first command "
+                            "with --resume, or choose another --out")
         self.file, self.load, self.unreadable = open(index, "rb"), load, set()
         self.starts = array.array("q", itertools.accumulate(map(len, self.file), initial=0))
 
@@ -114,17 +189,30 @@ class ImageCaptionDataset:
         # the first line is the head, the last start is the end of the file
         return len(self.starts) - 2
 
+    def refs(self, i):
+        """[ImageRef of the image, ImageRef of its caption]."""
+        start, end = self.starts[i + 1:i + 3]
+        line = os.pread(self.file.fileno(), end - start, start)
+        return [ImageRef(*fields) for fields in json.loads(line)]
+
+    def name(self, i):
+        """The image of sample i, for messages."""
+        return self.refs(i)[0].key
+
     def __getitem__(self, i):
         """Any number of threads may call it. Raises UserError if a file cannot be read."""
-        start, end = self.starts[i + 1:i + 3]
-        line = json.loads(os.pread(self.file.fileno(), end - start, start))
-        image, caption = (ImageRef(*fields) for fields in line)
+        image, caption = self.refs(i)
         try:
             with open(caption.path, "rb") as file:
                 file.seek(caption.offset)
-                text = file.read(caption.size).decode("utf-8", "replace").strip()
+                data = file.read(caption.size)
+            if caption.key.lower().endswith(".json"):
+                data = json.loads(data)["caption"].encode()
+            text = data.decode("utf-8-sig").strip()
         except OSError as error:
             raise UserError(f"cannot read {caption.key}: {error.strerror}") from None
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            raise UserError(f"the caption {caption.key} is no text in UTF-8") from None
         if not text:
             raise UserError(f"the caption {caption.key} is empty")
         return self.load(image), text
@@ -168,23 +256,32 @@ def held_out_batches(dataset, n_train, batch_size):
         yield [(i, i) for i in range(start, min(start + batch_size, len(dataset)))]
 
 
+# samples in a row
+MAX_UNREADABLE = 100
+
+
 def read_ahead(dataset, batches, workers):
     """Yields [(position, *dataset[i])] for each batch [(position, i)]; threads read the next one.
 
     A sample that cannot be read is left out, named on stderr and added to dataset.unreadable.
-    Raises UserError if a batch has no readable sample."""
+    Raises UserError if so many in a row cannot be read that the disk is more likely at fault."""
+    in_a_row = 0
+
     def finish(batch):
+        nonlocal in_a_row
         samples = []
         for position, i, future in batch:
             try:
                 samples.append((position, *future.result()))
+                in_a_row = 0
             except UserError as error:
                 dataset.unreadable.add(i)
+                in_a_row += 1
                 count = len(dataset.unreadable)
                 tqdm.write(f"skipped ({count} so far): {error}", file=sys.stderr)
-        if not samples:
-            raise UserError(f"none of the {len(batch)} samples of a step can be read: are the "
-                            "images still where they were?")
+                if in_a_row == MAX_UNREADABLE:
+                    raise UserError(f"{in_a_row} samples in a row cannot be read: is the disk "
+                                    f"there? The last: {error}") from None
         return samples
 
     with ThreadPoolExecutor(workers) as readers:

@@ -1,23 +1,26 @@
-"""The bookkeeping of a training run: its folder, checkpoints, resuming, log.csv, progress bar."""
-import csv
+"""The bookkeeping of a training run: its folder, checkpoints, resuming, signals, log.csv."""
+import contextlib
+import hashlib
+import itertools
 import json
+import math
 import os
+import re
 import shutil
+import signal
+import sys
+import threading
 import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
 from tqdm import tqdm
 
-from common import (
-    UserError,
-    sum_over_processes,
-    torchrun_ranks,
-    write_atomically,
-    write_csv,
-)
+import common
+from common import UserError, first_line, sum_over_processes, torchrun_ranks
+from training_data import training_batches
 
 # ------------------------------------------------------------------- folder and checkpoints
 # Flags that decide the weights: a run is resumed only with the same ones. Models count by the
@@ -25,21 +28,27 @@ from common import (
 SETTINGS = ("data", "vlm", "t5", "batch_size", "lr", "lr_end", "lr_horizon", "warmup",
             "weight_decay", "masking", "features", "norm", "hidden", "seed", "held_out")
 MODEL_SETTINGS = ("vlm", "t5")
+# nothing else in --out is ever read as a checkpoint, or deleted
+CHECKPOINTS = "checkpoint-" + 7 * "[0-9]"
+TENSORS = ("model.safetensors", "optimizer.safetensors")
 
 
 def check_run_folder(args):
-    """Raises UserError unless --out fits --resume and the processes can share --batch-size."""
+    """Locks --out. Raises UserError unless it fits --resume and the batch can be shared.
+
+    --resume without a checkpoint begins a run, so that one command serves start and restart."""
     out, (rank, world, _) = Path(args.out), torchrun_ranks()
     if args.batch_size % world:
         raise UserError(f"--batch-size {args.batch_size} cannot be shared by {world} processes: "
                         f"choose a multiple of {world}")
-    holds_run = any(out.glob("checkpoint-*")) or (out / "aligner").exists()
-    if rank == 0 and holds_run and not args.resume:
-        raise UserError(f"{out} already holds a training run: add --resume to go on, or choose "
-                        "another --out")
-    if args.resume and not any(out.glob("checkpoint-*")):
-        raise UserError(f"nothing to resume in {out}: there is no checkpoint yet; start without "
-                        "--resume")
+    common.lock_folder(out)
+    begun = any(out.glob(CHECKPOINTS))
+    if rank == 0 and (begun and not args.resume or not begun and (out / "aligner").exists()):
+        raise UserError(f"{out} already holds a training run: "
+                        f"{'add --resume to go on, or ' * begun}choose another --out")
+    if rank == 0 and args.resume and not begun:
+        print(f"there is no checkpoint in {out} yet: starts from the beginning")
+    args.resume = args.resume and begun
 
 
 def run_settings(args):
@@ -48,93 +57,228 @@ def run_settings(args):
     return json.loads(json.dumps(settings, default=str))
 
 
-def save_aligner(aligner, folder, vlm, t5):
-    """Replaces `folder` by the aligner and its card, all or nothing. vlm, t5: their models."""
+@contextlib.contextmanager
+def replacing(folder, aligner, **card):
+    """A folder with the aligner, which takes the place of `folder` in the end, all or nothing.
+
+    card: of save_pretrained. Raises UserError for a full disk and weights that are not finite."""
     partial = folder.parent / ".partial"
     shutil.rmtree(partial, ignore_errors=True)
-    models = [Path(path).name if os.path.isdir(path) else path for path in (vlm, t5)]
-    aligner.save_pretrained(partial, model_card_kwargs={"base_model": models})
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
+    if not all(p.isfinite().all() for p in aligner.parameters()):
+        raise UserError("the aligner has weights that are not finite, which are not saved: go on "
+                        "from the last checkpoint with a lower --lr, in another --out")
+    try:
+        aligner.save_pretrained(partial, **card)
+        yield partial
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(partial, folder)
+    except SafetensorError as error:
+        raise UserError(f"cannot write {folder}: {first_line(error)} Free some space, then run "
+                        "the same command with --resume") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
-def save_checkpoint(args, step, aligner, optimizer):
-    """Writes --out/checkpoint-STEP, complete or not at all, and deletes all but the last --keep."""
-    out = Path(args.out)
-    partial = out / ".partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    aligner.save_pretrained(partial)
-    names = [name for name, _ in aligner.named_parameters()]
-    # clone: safetensors refuses tensors that share storage, as AdamW's step counters may
-    state = {f"{names[i]}.{key}": value.clone()
-             for i, values in optimizer.state_dict()["state"].items()
-             for key, value in values.items()}
-    save_file(state, partial / "optimizer.safetensors")
-    (partial / "state.json").write_text(json.dumps({"step": step, **run_settings(args)}, indent=1))
-    os.replace(partial, out / f"checkpoint-{step:07d}")
-    for old in sorted(out.glob("checkpoint-*"))[:-args.keep]:
+def checksum(folder, state):
+    """A hash of a checkpoint's tensors and of its state, without the hash itself."""
+    hash = hashlib.blake2b(json.dumps(state).encode())
+    for name in TENSORS:
+        hash.update((folder / name).read_bytes())
+    return hash.hexdigest()
+
+
+def save_checkpoint(args, state, aligner, optimizer):
+    """Writes --out/checkpoint-STEP, complete or not at all, and deletes all but the last --keep.
+
+    state: {"step", ...}, which becomes state.json together with the settings and a hash."""
+    out, state = Path(args.out), {**state, **run_settings(args)}
+    with replacing(out / f"checkpoint-{state['step']:07d}", aligner) as folder:
+        names = [name for name, _ in aligner.named_parameters()]
+        # clone: safetensors refuses tensors that share storage, as AdamW's step counters may
+        common.write_tensors(folder / TENSORS[1], {
+            f"{names[i]}.{key}": value.clone()
+            for i, values in optimizer.state_dict()["state"].items()
+            for key, value in values.items()})
+        common.write_json(folder / "state.json", {**state, "hash": checksum(folder, state)})
+    for old in sorted(out.glob(CHECKPOINTS))[:-args.keep]:
         shutil.rmtree(old)
 
 
-def load_checkpoint(args, aligner, optimizer):
-    """Restores the last checkpoint under --out, returns its step. UserError: other settings."""
-    last = sorted(Path(args.out).glob("checkpoint-*"))[-1]
-    state, now = json.loads((last / "state.json").read_text()), run_settings(args)
+def read_checkpoint(folder):
+    """(state, weights, optimizer's tensors) of a checkpoint. OSError, UserError: it is damaged."""
+    advice = "it is left out"
+    state = common.read_json(folder / "state.json", {"step": int}, advice)
+    tensors = [common.read_tensors(folder / name, advice) for name in TENSORS]
+    # earlier versions wrote no hash
+    if state.pop("hash", None) not in (None, checksum(folder, state)):
+        raise UserError(f"{folder} is damaged (its hash is another): {advice}")
+    return state, *tensors
+
+
+def check_same_run(args, data, folder, state):
+    """Raises UserError if a checkpoint is of a run with other settings or other samples."""
     changed = []
-    for name, value in now.items():
+    for name, value in run_settings(args).items():
         old = state.get(name)
         same = old == value
         if name in MODEL_SETTINGS and old:
-            same = Path(old).name == Path(value).name
+            same = Path(str(old)).name == Path(value).name
         if not same:
             changed.append(f"{name} was {old!r}, is {value!r}")
+    if "samples" not in state:
+        print(f"{folder} is of an earlier version: whether --data has changed cannot be checked")
+    elif state["samples"] != data.fingerprint:
+        changed.append("the samples in --data have changed")
     if changed:
-        raise UserError(f"cannot resume {last} with other settings: {'; '.join(changed)}. Repeat "
+        raise UserError(f"cannot resume {folder} with other settings: {'; '.join(changed)}. Repeat "
                         "the first command with --resume, or choose another --out")
-    aligner.load_state_dict(load_file(last / "model.safetensors"))
-    saved, own = load_file(last / "optimizer.safetensors"), optimizer.state_dict()
-    for i, (name, _) in enumerate(aligner.named_parameters()):
-        own["state"][i] = {key.removeprefix(f"{name}."): value for key, value in saved.items()
-                           if key.startswith(f"{name}.")}
+
+
+def load_checkpoint(args, data, aligner, optimizer):
+    """Restores the last whole checkpoint under --out, returns its step; moves damaged ones aside.
+
+    Raises UserError if none is whole, or for other settings or samples."""
+    damaged = []
+    for folder in sorted(Path(args.out).glob(CHECKPOINTS), reverse=True):
+        try:
+            state, weights, moments = read_checkpoint(folder)
+            break
+        except (OSError, UserError) as error:
+            damaged.append((folder, error))
+    else:
+        raise UserError(f"no checkpoint in {args.out} can be read, choose another --out: "
+                        f"{damaged[0][1]}")
+    check_same_run(args, data, folder, state)
+    own = optimizer.state_dict()
+    try:
+        aligner.load_state_dict(weights)
+        for i, (name, _) in enumerate(aligner.named_parameters()):
+            own["state"][i] = {key: moments[f"{name}.{key}"]
+                               for key in ("step", "exp_avg", "exp_avg_sq")}
+    except (LookupError, RuntimeError) as error:
+        raise UserError(f"{folder} is of another aligner ({first_line(error)[:90]}): choose "
+                        "another --out") from None
     optimizer.load_state_dict(own)
+    for old, error in damaged if torchrun_ranks()[0] == 0 else ():
+        aside = old.with_name(f"damaged-{old.name}-{time.time_ns()}")
+        os.replace(old, aside)
+        print(f"goes on from {folder.name}; {error} (moved to {aside.name})", file=sys.stderr)
     return state["step"]
 
 
-# --------------------------------------------------------------------------------------- log
-class TrainingLog:
-    """log.csv, progress bar and loss.png of a run. All processes add to it, rank 0 writes."""
+# --------------------------------------------------------------------------- steps and log
+def read_log(file, step):
+    """The rows of log.csv up to `step`: a killed run may have logged some after its checkpoint."""
+    number = r"\d+(\.\d+)?(e[+-]\d+)?"
+    row = re.compile(rf"\d+,({number})?,({number})?,{number},{number}", re.ASCII)
+    lines = file.read_text("utf-8", "replace").splitlines()[1:] if file.exists() else []
+    if not all(map(row.fullmatch, lines)):
+        raise UserError(f"{file} is damaged: restore it, or move it away, then the log begins here")
+    return [line.split(",") for line in lines if int(line.split(",")[0]) <= step]
+
+
+class TrainingRun:
+    """The steps of a run, its checkpoints and its log. All processes call it, rank 0 writes."""
     HEADER = ("step", "loss", "held_out_loss", "lr", "samples_per_s")
 
-    def __init__(self, args, step, aligner, n_train, n_held_out):
-        self.args, self.step, self.rank = args, step, torchrun_ranks()[0]
-        self.file, self.rows = Path(args.out) / "log.csv", []
-        self.losses, self.since = [], time.time()
-        if args.resume and self.file.exists():
-            with self.file.open(newline="") as file:
-                rows = list(csv.reader(file))[1:]
-            # a killed run may have logged steps after its last checkpoint
-            self.rows = [row for row in rows if int(row[0]) <= step]
-        self.bar = tqdm(total=args.steps, initial=step, desc="train", unit="step",
+    def __init__(self, args, data, n_train, aligner, optimizer):
+        self.args, self.data, self.n_train = args, data, n_train
+        self.aligner, self.optimizer = aligner, optimizer
+        self.rank, self.world, _ = torchrun_ranks()
+        self.device = next(aligner.parameters()).device
+        self.step = load_checkpoint(args, data, aligner, optimizer) if args.resume else 0
+        self.file = Path(args.out) / "log.csv"
+        self.rows = read_log(self.file, self.step) if args.resume else []
+        # of the steps since the last row of the log
+        self.losses, self.since, self.signal = [], (time.time(), self.step), None
+        self.bar = tqdm(total=args.steps, initial=self.step, desc="train", unit="step",
                         disable=self.rank > 0)
         if self.rank == 0:
-            n_weights, world = sum(p.numel() for p in aligner.parameters()), torchrun_ranks()[1]
-            print(f"trains {n_weights:,} parameters on {n_train:,} samples ({n_held_out:,} held "
-                  f"out), {world} x {args.batch_size // world} a step")
+            n_weights = sum(p.numel() for p in aligner.parameters())
+            print(f"trains {n_weights:,} parameters on {n_train:,} samples "
+                  f"({len(data) - n_train:,} held out), {self.world} x "
+                  f"{args.batch_size // self.world} a step")
+
+    def steps(self, batches):
+        """Yields the batches of the steps that are left.
+
+        After SIGTERM or Ctrl-C the step of the next row of the log is the last: the process saves a
+        checkpoint and exits with 143 or 130. The second signal interrupts at once."""
+        # other threads than the main one cannot handle signals
+        is_main = threading.current_thread() is threading.main_thread()
+        before = {number: signal.getsignal(number)
+                  for number in (signal.SIGTERM, signal.SIGINT) if is_main}
+
+        def ask(number, _):
+            self.signal = number
+            signal.signal(number, before[number])
+        try:
+            for number in before:
+                signal.signal(number, ask)
+            for batch in itertools.islice(batches, max(0, self.args.steps - self.step)):
+                # at rows only, because processes that agree make their GPUs wait
+                if self.step and not self.losses:
+                    self.stop_if_asked()
+                yield batch
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def stop_if_asked(self):
+        """Saves and exits, all processes after the same step, if one of them has got a signal."""
+        asked = torch.tensor(float(self.signal is not None),
+                             device=self.device if self.world > 1 else "cpu")
+        sum_over_processes(asked)
+        if asked:
+            self.save()
+            self.close()
+            number = signal.Signals(self.signal or signal.SIGTERM)
+            if self.rank == 0:
+                print(f"stopped by {number.name} at step {self.step}, checkpoint saved: the same "
+                      "command with --resume goes on", file=sys.stderr)
+            sys.exit(128 + number)
 
     def add(self, loss, lr):
         """Counts a step. loss: this process's part of the step's mean over all target tokens."""
         self.step += 1
         self.losses.append(loss)
         self.bar.update()
-        if not (self.every(self.args.log_every) or self.every(self.args.eval_every)):
+        # also where a checkpoint is saved, so that a resumed run has the same rows
+        if not any(map(self.every, (self.args.log_every, self.args.eval_every,
+                                    self.args.save_every))):
             return
-        mean = torch.stack(self.losses).mean()
-        sum_over_processes(mean)
-        rate = len(self.losses) * self.args.batch_size / (time.time() - self.since)
-        self.rows.append([self.step, f"{mean.item():.6f}", "", f"{lr:.3e}", f"{rate:.1f}"])
-        self.bar.set_postfix(loss=f"{mean.item():.3f}", lr=f"{lr:.1e}", samples_s=f"{rate:.0f}",
+        losses = self.gather_losses()
+        # exactly 0: no sample of the step could be read
+        mean = losses[:, losses.sum(0) != 0].mean(1).sum().item()
+        seconds, steps = time.time() - self.since[0], self.step - self.since[1]
+        rate = steps * self.args.batch_size / seconds
+        shown = "" if math.isnan(mean) else f"{mean:.6f}"
+        self.rows.append([self.step, shown, "", f"{lr:.3e}", f"{rate:.1f}"])
+        self.bar.set_postfix(loss=f"{mean:.3f}", lr=f"{lr:.1e}", samples_s=f"{rate:.0f}",
                              refresh=False)
-        self.losses, self.since = [], time.time()
+        self.losses, self.since = [], (time.time(), self.step)
+
+    def gather_losses(self):
+        """The losses since the last row of the log, (processes, steps).
+
+        Raises UserError if one is not finite, in the process whose samples are to blame."""
+        losses = torch.zeros(self.world, len(self.losses), device=self.device)
+        losses[self.rank] = torch.stack(self.losses)
+        sum_over_processes(losses)
+        bad = (~losses.isfinite()).T.nonzero().tolist()
+        if bad:
+            i, process = bad[0]
+            if process != self.rank:
+                sys.exit(1)
+            step = self.step - len(self.losses) + i
+            batch = next(training_batches(self.n_train, self.args, step))
+            names = [self.data.name(sample) for _, sample in batch]
+            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+            raise UserError(
+                f"loss is {losses[process, i].item()} at step {step + 1}; its samples: "
+                f"{', '.join(names[:8])}{more} (process {process}). The checkpoints in "
+                f"{self.args.out} are kept: lower --lr or look at these samples")
+        return losses.cpu()
 
     def every(self, steps):
         """Whether this step is a multiple of `steps`, or the last one."""
@@ -145,46 +289,59 @@ class TrainingLog:
         return self.rank == 0 and self.every(steps)
 
     def add_held_out(self, loss):
-        """Completes the last row with the held-out loss and prints it."""
+        """Completes the last row with the held-out loss and prints it. UserError: it is nan."""
+        if not math.isfinite(loss):
+            raise UserError(f"the held-out loss at step {self.step} is {loss}: none of its samples "
+                            "can be read (named above), or --lr is too high")
         row = self.rows[-1]
         row[2] = f"{loss:.6f}"
         tqdm.write(f"step {row[0]}: loss {row[1]}, held-out {row[2]}, lr {row[3]}, "
                    f"{row[4]} samples/s")
-        self.since = time.time()
+        self.since = time.time(), self.step
 
     def save(self):
-        """Writes log.csv."""
-        write_csv(self.file, self.HEADER, self.rows)
+        """Writes log.csv and a checkpoint; done by the first process."""
+        if self.rank == 0:
+            common.write_csv(self.file, self.HEADER, self.rows)
+            state = {"step": self.step, "samples": self.data.fingerprint}
+            save_checkpoint(self.args, state, self.aligner, self.optimizer)
 
-    def finish(self, aligner):
-        """Disconnects the processes; the first one writes the curve and --out/aligner."""
+    def close(self):
+        """Ends the progress bar, says what could not be read and disconnects the processes."""
         self.bar.close()
+        if self.data.unreadable:
+            print(f"process {self.rank} could not read {len(self.data.unreadable):,} of "
+                  f"{len(self.data):,} samples (named above)", file=sys.stderr)
         if dist.is_initialized():
             dist.destroy_process_group()
+
+    def finish(self):
+        """Disconnects the processes; the first one writes --out/aligner and the curve."""
+        self.close()
         if self.rank == 0:
-            plot_log(self.file)
             folder, curve = self.file.with_name("aligner"), self.file.with_name("loss.png")
-            save_aligner(aligner, folder, self.args.vlm, self.args.t5)
+            models = [Path(path).name if os.path.isdir(path) else path
+                      for path in (self.args.vlm, self.args.t5)]
+            with replacing(folder, self.aligner, model_card_kwargs={"base_model": models}):
+                pass
+            plot_log(self.rows, curve)
             print(f"aligner: {folder}   log: {self.file}   curve: {curve}")
 
 
-def plot_log(file):
-    """Draws the loss curves of a log.csv beside it (log scale, as the paper's Fig. 7)."""
+def plot_log(rows, curve):
+    """Draws the loss curves of log.csv's rows (log scale, as the paper's Fig. 7)."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    with open(file) as f:
-        rows = list(csv.DictReader(f))
     plt.figure(figsize=(6, 4))
-    for name in ("loss", "held_out_loss"):
-        points = [(int(row["step"]), float(row[name])) for row in rows if row[name]]
+    for column, name in ((1, "loss"), (2, "held-out-loss")):
+        points = [(int(row[0]), float(row[column])) for row in rows if row[column]]
         if points:
-            plt.plot(*zip(*points, strict=True), label=name.replace("_", "-"))
+            plt.plot(*zip(*points, strict=True), label=name)
     plt.yscale("log")
     plt.xlabel("step")
     plt.ylabel("cross-entropy per token")
     plt.legend()
     plt.tight_layout()
-    curve = file.with_name("loss.png")
-    write_atomically(curve, lambda temporary: plt.savefig(temporary, format="png", dpi=120))
+    common.write_atomically(curve, lambda temporary: plt.savefig(temporary, format="png", dpi=120))
     plt.close()

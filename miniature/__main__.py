@@ -16,6 +16,8 @@
 A stand-in is the real model's class with a tiny configuration; every script loads it by path like
 the real model. `train` resumes after a kill from what it left in build/.
 """
+import startup
+
 import argparse
 import io
 import json
@@ -32,7 +34,7 @@ from tqdm import tqdm
 
 import common
 from cobsat_eval import DETAILS, KINDS, NOUNS
-from common import UserError, cli_main, positive, write_atomically, write_json
+from common import UserError, cli_main, write_atomically, write_json
 from miniature.world import SIZE, caption, draw
 
 # samples a tar
@@ -157,43 +159,42 @@ def one_of(names):
     return parse
 
 
-def add_command(commands, name, run, about):
-    """A subcommand whose help shows the defaults and whose args.run is `run`."""
-    parser = commands.add_parser(name, help=about, description=about,
-                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+def add_command(commands, name, run, about, *flags):
+    """A subcommand with flags, (flag, type, default, help); its args.run is `run`."""
+    parser = commands.add_parser(name, help=about, description=about)
+    for flag, kind, default, text in flags:
+        common.add_flag(parser, flag, kind, default, default, text)
     parser.set_defaults(run=run)
     return parser
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        prog="python -m miniature", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.Parser(prog="python -m miniature", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
 
-    p = add_command(commands, "draw", draw_data, "picture-caption tars")
-    p.add_argument("--out", default="data/mini", help="folder for the tars")
-    p.add_argument("--count", type=positive, default=20000, help="pictures")
-    p.add_argument("--seed", type=int, default=0, help="of kinds, pictures and captions")
+    add_command(commands, "draw", draw_data, "picture-caption tars",
+                ("--out", str, "data/mini", "folder for the tars"),
+                ("--count", common.count, 20000, "pictures"),
+                ("--seed", common.seed, 0, "of kinds, pictures and captions"))
 
-    p = add_command(commands, "cobsat", draw_cobsat, "the 500 pictures in CoBSAT's layout")
-    p.add_argument("--out", default="data/cobsat", help="folder")
+    add_command(commands, "cobsat", draw_cobsat, "the 500 pictures in CoBSAT's layout",
+                ("--out", str, "data/cobsat", "folder"))
 
-    p = add_command(commands, "sheet", draw_sheet, "contact sheet of the 500 kinds of picture")
-    p.add_argument("--out", default="outputs/world.png", help="PNG")
+    add_command(commands, "sheet", draw_sheet, "contact sheet of the 500 kinds of picture",
+                ("--out", str, "outputs/world.png", "PNG"))
 
     p = add_command(commands, "train", train, "rebuild the stand-ins in miniature/weights")
     p.add_argument("names", nargs="*", type=one_of(STAND_INS), metavar="NAME",
                    help=f"any of {', '.join(STAND_INS)} (none: all)")
 
-    p = add_command(commands, "check", check, "accuracy of the stand-ins on held-out pictures")
+    p = add_command(commands, "check", check, "accuracy of the stand-ins on held-out pictures",
+                    ("--aligner", str, common.MINI["aligner"], "for lvlm"),
+                    ("--clip-aligner", str, common.MINI["aligner-clip"], "for compose"),
+                    ("--count", common.count, 500, "questions or pictures of each sort"),
+                    ("--json", str, None, "also write the figures to this file"))
     p.add_argument("names", nargs="*", type=one_of(CHECKS), metavar="NAME",
                    help="t5, clip, vlm, flux; lvlm: all of ThinkDiff-LVLM; compose: of "
                    "ThinkDiff-CLIP (none: all)")
-    p.add_argument("--aligner", default=common.MINI["aligner"], help="for lvlm")
-    p.add_argument("--clip-aligner", default=common.MINI["aligner-clip"], help="for compose")
-    p.add_argument("--count", type=positive, default=500, help="questions or pictures of each sort")
-    p.add_argument("--json", help="also write the figures to this file")
 
     args = parser.parse_args()
     args.run(args)

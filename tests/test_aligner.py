@@ -1,4 +1,8 @@
 """aligner.py: Eq. 1 and its ablations against T5's own norm, stored aligners, authors' files."""
+import json
+import resource
+import zipfile
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -40,7 +44,7 @@ def test_no_other_norm():
     ({}, None),
     ({"3.weight": None}, "missing .*mm_projector.3.weight"),
     ({"4.weight": torch.ones(1)}, "unexpected .*mm_projector.4.weight"),
-    ({"2.weight": torch.ones(8, 7)}, "the tensors are of no aligner"),
+    ({"2.weight": torch.ones(8, 7)}, "pth holds no aligner .*size mismatch"),
 ])
 def test_released_checkpoint(tmp_path, prefix, changes, said):
     """Wrong tensors are named. test_full_size: the true shapes, through `generate`."""
@@ -80,35 +84,115 @@ def test_no_code_of_a_pickle_runs(tmp_path, name, options):
     torch.load(tmp_path / name, weights_only=False)["config"].close()
     assert trace.exists()
     trace.unlink()
-    with pytest.raises(UserError, match="cannot be read as a torch checkpoint with weights_only"):
+    with pytest.raises(UserError, match="cannot read 'model' of .* with weights_only=True"):
         load_aligner(tmp_path / name)
     assert not trace.exists()
     # a folder: only safetensors are read
     (tmp_path / name).rename(tmp_path / "pytorch_model.bin")
     (tmp_path / "config.json").write_text('{"d_vlm": 12, "d_t5": 8}')
-    with pytest.raises(UserError, match="holds no aligner"):
+    with pytest.raises(UserError, match="no aligner at .*model.safetensors"):
         load_aligner(tmp_path)
     assert not trace.exists()
 
 
+def gigabytes():
+    """The most memory that this process has taken so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+@pytest.mark.parametrize("kind, said", [
+    ("view", "0.weight is larger than the file"), ("bytes", "it refers to .* bytearray"),
+    ("nan", "not all numbers are finite"), ("whole", "Missing key.*net.0.bias"),
+    ("scalar", "missing 1 required"), ("number", "no attribute"), ("legacy", "not a zip file"),
+    ("deflated", "it is compressed"), ("flipped", "a checksum is wrong")])
+def test_hostile_and_damaged_pth(tmp_path, kind, said):
+    """One line, little memory. view: of one number, which claims 0.8 GB; bytes: bytearray(N) in a
+    pickle takes N bytes; flipped: a bit of a weight."""
+    file, (_, state), before = tmp_path / "x.pth", released(12, 8), gigabytes()
+    torch.save(state, file)
+    load_aligner(file)
+    if kind == "bytes":
+        state["config"] = bytearray(9)
+    state["model"] |= {"view": {"mm_projector.0.weight": torch.ones(1).expand(8, 25_000_000)},
+                       "nan": {"mm_projector.3.weight": torch.full((8,), torch.nan)},
+                       "whole": {"mm_projector.0.bias": torch.ones(8).int()},
+                       "scalar": {"mm_projector.0.weight": torch.ones(8)},
+                       "number": {"mm_projector.0.weight": 1.0}}.get(kind, {})
+    torch.save(state, file, _use_new_zipfile_serialization=kind != "legacy")
+    if kind == "deflated":
+        with zipfile.ZipFile(file) as stored:
+            entries = {name: stored.read(name) for name in stored.namelist()}
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as smaller:
+            for name, data in entries.items():
+                smaller.writestr(name, data)
+    if kind == "flipped":
+        data, weight = file.read_bytes(), state["model"]["mm_projector.2.weight"].numpy().tobytes()
+        assert data.count(weight) == 1
+        file.write_bytes(data.replace(weight, bytes([weight[0] ^ 1]) + weight[1:]))
+    with pytest.raises(UserError, match=f"x.pth.*{said}"):
+        load_aligner(file)
+    assert gigabytes() < before + 0.5
+
+
+@pytest.mark.parametrize("config, said", [
+    ({"d_vlm": 16384, "d_t5": 16384}, "size mismatch"), ({"hidden": 10**12}, "size mismatch"),
+    ({"d_vlm": 2**70}, "holds no aligner"), ({"d_t5": "8"}, "must be tuple of ints"),
+    ({"eps": None}, "holds no aligner"), ({"eps": -1}, "0 < eps < 1"), ({"eps": "1e-6"}, "'str'"),
+    ({"norm": ["t5"]}, "norm must be one of"), ({"epz": 1}, "unexpected keyword argument 'epz'"),
+    ([], "must be a mapping"), ('{"d_vlm": 12, "d_t5": 8, "eps": 1e999}', "1e999 is no finite"),
+    ('{"d_vlm": NaN}', "NaN is no finite number"), ("[" * 100_000, "recursion"),
+    ('{"d_vlm": ' + "1" * 5000, "config.json is damaged"), ("", "config.json is damaged")])
+def test_hostile_and_damaged_config(tmp_path, config, said):
+    Aligner(12, 8).save_pretrained(tmp_path)
+    before = gigabytes()
+    if isinstance(config, dict):
+        config = {"d_vlm": 12, "d_t5": 8, **config}
+    (tmp_path / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
+    with pytest.raises(UserError, match=said) as error:
+        load_aligner(tmp_path)
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+    assert gigabytes() < before + 0.5
+
+
+def test_tensors_of_a_folder(tmp_path):
+    """Floats of any width are read as fp32; what is not finite, or no float, is refused."""
+    Aligner(12, 8).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    good = load_file(file)
+    for dtype in (torch.bfloat16, torch.float64):
+        save_file({name: tensor.to(dtype) for name, tensor in good.items()}, file)
+        state = load_aligner(tmp_path).state_dict()
+        assert all(torch.equal(state[name], tensor.to(dtype).float())
+                   for name, tensor in good.items())
+    # what was loaded does not change with the file
+    file.write_bytes(bytes(file.stat().st_size))
+    assert all(tensor.any() for tensor in state.values() if tensor.ndim == 2)
+    for bad in (torch.full((8,), torch.inf), torch.full((8,), 1e300, dtype=torch.float64),
+                torch.ones(8).int(), torch.ones(8).to(torch.float8_e4m3fn), torch.ones(9)):
+        save_file(good | {"net.0.bias": bad}, file)
+        with pytest.raises(UserError, match=str(tmp_path)):
+            load_aligner(tmp_path)
+
+
 @pytest.mark.parametrize("name, said", [
-    ("tensor.pth", "no entry 'model'"),
-    ("other.pth", "no entry 'model'"),
-    ("half.pth", "half.pth cannot be read as a torch checkpoint"),
-    ("missing.pth", "no aligner at .*missing.pth: give a .pth file"),
-    ("empty", "empty holds no aligner .*: give the folder that `train` wrote"),
+    ("tensor.pth", "cannot read 'model' of .*tensor.pth"),
+    ("other.pth", "cannot read 'model' of .*other.pth"),
+    ("half.pth", "cannot read 'model' of .*half.pth"),
+    ("missing.pth", "no aligner at .*missing.pth: .*an authors' .pth file"),
+    ("empty", "no aligner at .*empty: train one, or give its folder"),
     ("missing/folder/aligner", "no aligner at .*missing/folder/aligner: train one"),
-    ("no/such-repo", "no/such-repo holds no aligner .*a name on the hub"),
-    ("cut", "cut holds no aligner"),
-    ("config", "config holds no aligner"),
-    ("partial", "partial holds no aligner"),
+    ("no/such-repo", "no aligner at no/such-repo: .*its name on the hub"),
+    ("run", "no aligner at .*run: did you mean .*run/aligner?"),
+    ("cut", "cut/model.safetensors is damaged"),
+    ("config", "config/config.json is damaged"),
+    ("partial", "partial holds no aligner .*net.2.bias"),
 ])
 def test_damaged_and_missing_files_are_named(tmp_path, name, said):
     torch.save(torch.ones(3), tmp_path / "tensor.pth")
     torch.save({"weights": {}}, tmp_path / "other.pth")
     (tmp_path / "half.pth").write_bytes(b"PK\3\4 half a file")
     (tmp_path / "empty").mkdir()
-    for folder in ("cut", "config", "partial"):
+    for folder in ("cut", "config", "partial", "run/aligner"):
         Aligner(12, 8).save_pretrained(tmp_path / folder)
     weights = tmp_path / "cut" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])

@@ -5,6 +5,7 @@ import importlib.util
 import io
 import itertools
 import json
+import os
 import re
 import shutil
 import signal
@@ -12,10 +13,12 @@ import subprocess
 import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPModel, CLIPProcessor
@@ -292,7 +295,7 @@ def test_changed_settings_need_overwrite(base, images, tmp_path, monkeypatch):
             assert (after.get(name) == before[name]) == ("oracle" not in name)
     assert read_json(out / "results.json").keys() == {"oracle"}
     judged = ("judge", *SMALL[:-2], "--images", images, "--results", out, "--judge-clip")
-    assert "now other/clip" in complaint(*judged, "other/clip") and tree(out) == after
+    assert "cannot load other/clip" in complaint(*judged, "other/clip") and tree(out) == after
     shutil.copytree(MINI["clip"], clip)
     weights = clip / "model.safetensors"
     # retrained, at the end of a path that may be the same
@@ -302,6 +305,116 @@ def test_changed_settings_need_overwrite(base, images, tmp_path, monkeypatch):
     monkeypatch.setitem(cobsat_eval.LOAD_JUDGE, "vlm", None)
     command(*judged, clip, "--overwrite")
     assert read_json(out / "verdicts/clip/settings.json")["model"].startswith("clip ")
+
+
+def old_fingerprint(folder):
+    """As it was, with all files but .md files: what was made then is still accepted."""
+    digest = hashlib.blake2b(digest_size=8)
+    for file in sorted(file for file in folder.rglob("*") if file.is_file()):
+        if file.suffix != ".md":
+            data = file.read_bytes()
+            digest.update(f"{file.name} {len(data)} ".encode() + data[-65536:])
+    return f"{folder.name} {digest.hexdigest()}"
+
+
+def test_hidden_and_foreign_files_do_not_decide(base, images, all_methods, tmp_path):
+    """Those that file managers and downloads leave; also what an earlier version made goes on."""
+    settings = read_json(base / "exps/thinkdiff_image/settings.json")
+    for name in ("vlm", "flux", "aligner"):
+        assert settings[name] == old_fingerprint(Path(MINI[name])), name
+    assert settings["images"] == old_fingerprint(images / "datasets")
+    out, dataset, vlm = (tmp_path / name for name in ("out", "images", Path(MINI["vlm"]).name))
+    for source, copy in ((base, out), (images, dataset), (MINI["vlm"], vlm)):
+        shutil.copytree(source, copy)
+    for folder in (out / "exps", out / "exps/oracle_image", out / "verdicts/vlm", vlm,
+                   dataset / "datasets", dataset / "datasets/color_car"):
+        for name in (".DS_Store", "._config.json", "Thumbs.db", "notes.docx"):
+            (folder / name).write_bytes(b"not ours")
+    (vlm / ".cache").mkdir()
+    (vlm / ".cache/config.json").write_text("{}")
+    (dataset / "datasets/color_car/._red_car.jpg").write_bytes(b"not ours")
+    at = all_methods.index(str(images))
+    command(*all_methods[:at], dataset, *all_methods[at + 1:], out, "--vlm", vlm)
+    assert tree(out) == tree(base)
+
+
+def test_damaged_files_are_made_again_or_named(base, images, all_methods, tmp_path):
+    """What a model has made is made again, bit for bit; a description is left out; settings.json
+    alone cannot be made again."""
+    out = tmp_path / "out"
+    shutil.copytree(base, out)
+    answers = sorted(out.glob("vlm_features/*/*/*.safetensors"))[:6]
+    good = load_file(answers[0])["x"]
+    answers[0].write_bytes(answers[0].read_bytes()[:-1])
+    answers[1].write_bytes(b"")
+    note = {"words": "a car", "seconds": "1"}
+    save_file({"x": good}, answers[2], note | {"seconds": "long"})
+    save_file({"x": good[:, :9].contiguous()}, answers[3], note)
+    save_file({"x": torch.full_like(good, torch.nan)}, answers[4], note)
+    save_file({"x": good}, answers[5], {"words": "a car"})
+    one, two, three, four = sorted(out.glob("verdicts/*/*_image/*/*.json"))[:4]
+    one.write_bytes(one.read_bytes()[:-9])
+    two.write_text("[]")
+    three.write_text(json.dumps({name: 1 for name in read_json(three)}))
+    four.write_text(json.dumps({name: {"file": verdict["file"], "detail": "1", "object": "1"}
+                                for name, verdict in read_json(four).items()}))
+    (out / "verdicts/vlm/references.json").write_text('{"x": NaN}')
+    names = [path.name for path in (*answers, one, two)]
+    _, err = command("generate", *all_methods[1:], out)
+    assert [err.count(name) for name in names[:6]] == [1] * 6, err
+    assert tree(out) == tree(base) and "Traceback" not in err
+    for path in answers:
+        expected = load_file(base / path.relative_to(out))["x"]
+        assert torch.equal(load_file(path)["x"], expected)
+    notes = sorted(out.glob("exps/oracle_image/*/*/*/*.json"))[:4]
+    for path, text in zip(notes, ("[", "[]", '{"description": 3}', "{}"), strict=True):
+        path.write_text(text)
+    table = ("table", *SMALL[:-4], "--images", images, "--models", *METHODS, "--results", out)
+    _, err = command(*table, code=1)
+    assert all(f"{path} is damaged" in err for path in (one, two))
+    assert "are not judged" in err and "Traceback" not in err
+    judged = ("judge", *SMALL[:-2], "--images", images, "--results", out)
+    command(*judged)
+    _, err = command(*table)
+    assert tree(out) == tree(base)
+    assert all(err.count(f"/{path.name} is damaged") == 1 for path in notes)
+    for folder in ("exps/oracle_image", "verdicts/clip"):
+        (out / folder / "settings.json").write_bytes(b"{\xff")
+    for call in (("generate", *all_methods[1:], out), judged):
+        line = complaint(*call)
+        assert "made by something else" in line and tree(out) == tree(base)
+
+
+def test_a_failed_start_leaves_nothing(base, all_methods, tmp_path):
+    """Nothing that would be in the way of the corrected command; nor does it delete anything."""
+    for flag in ("--vlm", "--flux", "--aligner", "--judge-vlm", "--judge-clip", "--images"):
+        for wrong in ("nobody/nothing", tmp_path / "nothing"):
+            complaint(*all_methods, tmp_path / "out", flag, wrong)
+            assert not list(tmp_path.iterdir()), flag
+    out = tmp_path / "out"
+    shutil.copytree(base, out)
+    before = sorted(out.rglob("*"))
+    for flag in ("--flux", "--aligner", "--judge-clip"):
+        complaint(*all_methods, out, "--steps", 2, "--overwrite", flag, "nobody/nothing")
+        assert sorted(out.rglob("*")) == before and tree(out) == tree(base)
+    # one of three methods was made otherwise: the other two are not touched either
+    settings = out / "exps/relay_image/settings.json"
+    settings.write_text(json.dumps(read_json(settings) | {"seed": 9}))
+    for folder in (*out.glob("verdicts/*/thinkdiff_image"), out / "exps/thinkdiff_image"):
+        shutil.rmtree(folder)
+    assert "seed 9, now 0" in complaint(*all_methods, out)
+    assert not (out / "exps/thinkdiff_image").exists()
+
+
+def test_a_second_run_in_a_folder_is_refused(base, images):
+    before = tree(base)
+    with FileLock(base / ".lock"):
+        for step, flag in (("run", "--out"), ("generate", "--out"), ("judge", "--results"),
+                           ("table", "--results")):
+            assert "another run is writing to" in complaint(
+                step, *SMALL[:-4], "--images", images, flag, base)
+    (base / ".lock").unlink()
+    assert tree(base) == before
 
 
 # ---------------------------------------------------------------- results that somebody else made
@@ -380,19 +493,28 @@ def test_scores_by_hand_and_swapped_pictures(copycat, images):
 def test_missing_and_broken_pictures_are_wrong_and_listed(copycat, images, tmp_path):
     folder = tmp_path / "x"
     shutil.copytree(copycat, folder)
-    files = sorted((folder / "exps/copycat_image/shot_2/default/task_8").iterdir())[:3]
+    files = sorted((folder / "exps/copycat_image/shot_2/default/task_8").iterdir())[:6]
     files[0].unlink()
     files[1].write_bytes(files[1].read_bytes()[:300])
     files[2].write_bytes(b"")
+    for file in files[3:5]:
+        file.unlink()
+    files[3].mkdir()
+    os.mkfifo(files[4])
+    Image.new("RGB", (1, 250)).save(files[5])
+    # what other projects leave beside their pictures
+    for name in ("settings.json", "shot_2/default/task_8/notes.json"):
+        (folder / "exps/copycat_image" / name).write_text('["?"]')
     out = judge_and_table(folder, images)
     rows = {row["name"]: row for row in read_rows(folder) if row["task_id"] == "8"}
-    assert len(rows) == 12 and sum(row["picture"] != "ok" for row in rows.values()) == 3
-    for file, reason in zip(files, ("missing", "cannot read", "cannot read"), strict=True):
+    assert len(rows) == 12 and sum(row["picture"] != "ok" for row in rows.values()) == 6
+    reasons = ("missing", "cannot read", "cannot read", "missing", "missing", "is a strip")
+    for file, reason in zip(files, reasons, strict=True):
         row = rows[file.stem]
         assert reason in row["picture"] and f"{file.stem}: " in out
         assert all(row[key] == "0" for key in ("correct", "detail", "object", "clip_correct"))
-    assert read_json(folder / "results.json")["copycat"]["2"]["Action-II"]["missing"] == 3
-    assert "3 missing or broken pictures" in (folder / "report.html").read_text()
+    assert read_json(folder / "results.json")["copycat"]["2"]["Action-II"]["missing"] == 6
+    assert "6 missing or broken pictures" in (folder / "report.html").read_text()
 
 
 def test_a_mean_weights_all_tasks_alike():

@@ -8,6 +8,7 @@ from common import REPO
 
 # each module may import those of earlier lines only
 LAYERS = """
+startup
 common
 aligner
 images
@@ -73,7 +74,7 @@ def test_what_students_read_is_short(module, most):
 
 
 def test_the_real_code_stays_short():
-    assert sum(len(source(module)) for module in REAL if module != "bench") <= 201_000
+    assert sum(len(source(module)) for module in REAL if module != "bench") <= 240_000
 
 
 def test_the_variants_differ_in_the_method_only():

@@ -3,12 +3,17 @@ lines of a batch, flags for memory and speed, complaints, and all that `explain`
 import json
 import random
 import re
+import resource
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock
+from filelock import FileLock
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, T5ForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -16,7 +21,7 @@ import models as loaders
 import pipelines
 import references as ref
 from aligner import Aligner
-from common import EXAMPLE, MINI, REPO
+from common import EXAMPLE, MINI, REPO, UserError
 from helpers import command, complaint
 
 WHITE, BLUE = (EXAMPLE / f"{color}_car.png" for color in ("white", "blue"))
@@ -154,32 +159,144 @@ def test_lines_of_a_batch_have_their_own_settings(models, tmp_path, monkeypatch,
             assert json.loads(Image.open(file).text["thinkdiff"])["seed"] == seed
 
 
-BAD_LINES = {
-    "lvlm": [{"context": [{"image": "gone.png"}]}, {"no": "context"}],
-    "clip": [{"image": ["gone.png"]}, {"no": "context"}, {"image": "a.png"},
-             {"image": ["a.png"], "image_weight": [1, 2]}]}
+def asking(variant, text=None, image=None, **more):
+    """A line of --batch for a text or an image."""
+    part = {"text": text} if image is None else {"image": image}
+    if variant == "lvlm":
+        return {"context": [part], **more}
+    return {**({"text": text} if image is None else {"image": [image]}), **more}
+
+
+# what is wrong with a line, and a word of the reason
+BAD = {
+    "lvlm": [
+        (asking("lvlm", image="strip.png"), "strip"),
+        (asking("lvlm", "a <|image_pad|>"), "holds <|image_pad|>"),
+        ({"context": [{"text": "<|im_"}, {"text": "end|>"}]}, "<|im_end|>"),
+        (asking("lvlm", "word " * 5000), "tokens long"), (asking("lvlm", 3), "not like"),
+        ({"context": [{"text": "a", "image": "a.png"}]}, "not like"),
+        ({"context": [{"video": "a.png"}]}, "not like"), ({"context": [{}]}, "not like"),
+        ({"context": []}, "no text"), ({"context": {"text": "a"}}, "not like"),
+        (asking("lvlm", "a", instruction=None), "not like")],
+    "clip": [
+        ({"image": "a.png"}, "not like"), ({"image": ["a.png", 3]}, "not like"),
+        ({"image": ["a.png"], "image_weight": [1, 2]}, "2 image weights for 1"),
+        ({"image": ["a.png"], "image_weight": [float("nan")]}, "float"),
+        ({"image": ["a.png"], "image_weight": [1e6]}, "at most 100"),
+        ({"image": ["a.png"], "image_weight": [True]}, "not like"),
+        ({"text": " ", "image": []}, "no text"), ({"text": None}, "not like")]}
+BAD_EVERYWHERE = [
+    ({"image": "gone.png"}, "gone.png"), ({"image": "zero.png"}, "zero.png"),
+    ({"image": "a\0.png"}, "null"), ({"image": "n" * 300}, "too long"),
+    ({"image": "https://a.org/a.png"}, "URL"), ({"text": "\ud800"}, "utf-8"),
+    ({"seed": 2**64}, "18446744073709551616"), ({"seed": -1}, "-1"), ({"seed": 1.0}, "not like"),
+    ({"seed": True}, "not like"), ({"seed": None}, "not like"), ({"sed": 1}, "sed"),
+    ({"out": None}, "not like"), ({"out": ""}, "exists"), ({"out": "a.gif"}, "end the name"),
+    ({"out": "../e.png"}, "not inside"), ({"out": "/tmp/e.png"}, "not inside"),
+    ({"out": "link/e.png"}, "not inside"), ({"out": "n" * 300 + ".png"}, "too long"),
+    ({"out": "n" * 250 + ".png"}, "too long"), ({"out": "a\0.png"}, "null"),
+    ({"out": "00003.png"}, "earlier line"), ({"out": "sub/../00003.png"}, "earlier line"),
+    ({"out": "00003.png/a.png"}, "earlier line"), ({"out": "kept.png"}, "exists")]
+NO_LINES = [b"not json", b"[]", b"3", b"{}", b"\xff", b"[" * 100_000, b'{"seed": ' + b"9" * 5000]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_lines_that_cannot_be_drawn_are_skipped_and_named(tmp_path, variant):
-    """Also a line that wants the name of another one, or of a picture that is there."""
-    (tmp_path / "a.png").write_bytes(WHITE.read_bytes())
-    good, bad = LINES[variant][0][0], BAD_LINES[variant]
-    lines = [{**good, "out": str(tmp_path / f"{name}.png")} for name in (1, 1, 2)] + bad
-    (tmp_path / "c.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\nnot json\n")
-    g = (f"thinkdiff_{variant}.py", "generate", "--mini", "--steps", 1,
-         "--batch", tmp_path / "c.jsonl")
-    kept = []
-    for skipped in ([2], [1, 2]):
-        (tmp_path / "2.png").unlink(missing_ok=True)
-        out, err = command(*g)
-        skipped += range(4, 5 + len(bad))
-        assert f"drew {len(lines) + 1 - len(skipped)} pictures, skipped {len(skipped)} lines" in out
-        assert re.findall(r"line (\d+):", err) == [str(number) for number in skipped]
-        assert sorted(path.name for path in tmp_path.glob("*.png")) == ["1.png", "2.png", "a.png"]
-        kept.append((tmp_path / "1.png").read_bytes())
-    assert "no context that can be drawn" in complaint(*g)
-    assert kept == [(tmp_path / "1.png").read_bytes()] * 2
+    """The pictures of the others are those of a batch without them, also with --overwrite."""
+    for folder in ("in", "out/sub", "elsewhere"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "out/link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "out/kept.png").write_text("kept")
+    (tmp_path / "in/a.png").write_bytes(WHITE.read_bytes())
+    (tmp_path / "in/zero.png").write_bytes(b"")
+    Image.new("RGB", (2010, 10)).save(tmp_path / "in/strip.png")
+    # U+2028 is no end of a line
+    good = [asking(variant, image="a.png"),
+            asking(variant, "a red\u2028 car", out="sub/x.png", seed=5)]
+    first, last = (json.dumps(line, ensure_ascii=False).encode() for line in good)
+    bad = BAD[variant] + [(asking(variant, **{"text": "a", **item}), word)
+                          for item, word in BAD_EVERYWHERE]
+    lines = [json.dumps(line).encode() for line, _ in bad] + NO_LINES
+    # blank lines count, and there may be a byte order mark
+    text = b"\n".join([b"", b" \r", first, *lines, last, b""])
+    (tmp_path / "in/mixed.jsonl").write_bytes(text)
+    (tmp_path / "in/good.jsonl").write_bytes(b"\n\n\xef\xbb\xbf" + first + b"\n" + last)
+    g = (f"thinkdiff_{variant}.py", "generate", "--mini", "--steps", 2, "--size", 32)
+    command(*g, "--batch", tmp_path / "in/good.jsonl", "--out", tmp_path / "good")
+    before = sorted(path for path in tmp_path.rglob("*") if "out" not in path.parts)
+
+    out, err = command(*g, "--batch", tmp_path / "in/mixed.jsonl", "--out", tmp_path / "out")
+    assert f"drew 2 pictures, skipped {len(lines)} lines of" in out
+    skipped = dict(re.findall(r"^skipped .* line (\d+): (.*)$", err, re.MULTILINE))
+    assert sorted(map(int, skipped)) == [*range(4, 4 + len(lines))]
+    assert not [(line, skipped[str(n)]) for n, (line, word) in enumerate(bad, 4)
+                if word not in skipped[str(n)]]
+    drawn = {name: (tmp_path / "good" / name).read_bytes() for name in ("00003.png", "sub/x.png")}
+    for name, picture in drawn.items():
+        assert (tmp_path / "out" / name).read_bytes() == picture
+    assert before == sorted(path for path in tmp_path.rglob("*") if "out" not in path.parts)
+    assert sorted(path.name for path in (tmp_path / "out").rglob("*")) == [
+        "00003.png", "kept.png", "link", "sub", "x.png"]
+
+    # what is there stays, unless --overwrite; then, too, no line takes the name of another one
+    m = (*g, "--batch", tmp_path / "in/mixed.jsonl", "--out", tmp_path / "out")
+    assert "no context that can be drawn" in complaint(*m)
+    assert (tmp_path / "out/kept.png").read_text() == "kept"
+    out, err = command(*m, "--overwrite")
+    assert "drew 3 pictures" in out and "00003.png is the image of an earlier line" in err
+    for name, picture in drawn.items():
+        assert (tmp_path / "out" / name).read_bytes() == picture
+
+
+def test_no_picture_is_lost(tmp_path, monkeypatch):
+    """A name that was free at the start may be another program's when the picture is there."""
+    monkeypatch.chdir(tmp_path)
+    draw, clashes = pipelines.generate_images, []
+
+    def slow(*args, **options):
+        for name in clashes:
+            Path(name).write_text("another's")
+        return draw(*args, **options)
+    monkeypatch.setattr(pipelines, "generate_images", slow)
+    Path("outputs").mkdir()
+    g = ("thinkdiff_clip.py", "generate", "--mini", "--text", "a cat", "--steps", 1)
+    clashes += ["outputs/0001.png", "outputs/0002.png"]
+    out, err = command(*g)
+    assert "picture: outputs/0003.png" in out and "outputs/0001.png was written" in err
+    clashes[:] = ["x.png"]
+    out, err = command(*g, "--out", "x.png")
+    assert "picture: x2.png" in out and "x.png was written" in err
+    e = ("thinkdiff_clip.py", "explain", "--mini", "--steps", 1, "--out", "x.png")
+    assert "picture: x3.png" in command(*e)[0]
+    for name in ("outputs/0001.png", "outputs/0002.png", "x.png"):
+        assert Path(name).read_text() == "another's"
+    for name in ("outputs/0003.png", "x2.png", "x3.png"):
+        assert Image.open(name).size == (64, 64)
+    for out in ("x.gif", "x.png/y.png"):
+        complaint(*e[:-1], out)
+    # two batches could not tell whose lines the names are
+    Path("c.jsonl").write_text('{"text": "a cat"}')
+    lock = FileLock("outputs/.lock")
+    with lock:
+        assert "another run is writing to outputs" in complaint(*g[:3], "--batch", "c.jsonl")
+
+
+def test_what_was_asked_and_what_is_cut_is_said(tmp_path):
+    def generate(variant, *flags):
+        out, err = command(f"thinkdiff_{variant}.py", "generate", "--mini", "--steps", 1, *flags,
+                           "--overwrite", "--out", tmp_path / "x.png")
+        return out, [line for line in err.splitlines() if "are cut" in line]
+    text = "a red car and " * 30
+    n_tokens = len(AutoTokenizer.from_pretrained(MINI["t5"])(text).input_ids)
+    (line,) = generate("clip", "--text", text, "--t5-length", 20)[1]
+    assert f"has {n_tokens} T5 tokens, the last {n_tokens - 20} are cut" in line
+    assert "T5 tokens" in generate("lvlm", "--relay", "--t5-length", 3)[1][0]
+    assert "(cut at --max-new-tokens)" in generate("lvlm", "--max-new-tokens", 3)[0]
+    out, cut = generate("lvlm")
+    assert not cut and "(cut at --max-new-tokens)" not in out
+    assert out.startswith('context: {"context": [{"text": "Word 1: white, "}, {"image": ')
+    out, cut = generate("clip")
+    assert not cut and out.startswith('context: {"image": ["blue_car.png"], "text": "a hat"}\n')
 
 
 # ---------------------------------------------------------------- memory and speed
@@ -259,9 +376,7 @@ def test_complaints(tmp_path, monkeypatch, variant):
     for folder, said in (("narrow", "was made for a VLM of width 48"), ("a/b", "no aligner"),
                          ("thin", "was made for a T5 of width 16")):
         assert said in of("--aligner", tmp_path / folder)
-    for empty in ((), ("--text", "")):
-        line = of(*empty, mini=())
-        assert "no context: give --text and --image, --batch FILE.jsonl, or --mini" in line
+    assert "no context: give --text and --image, --batch FILE.jsonl, or --mini" in of(mini=())
     assert "no/such-model" in of("--vlm", "no/such-model")
     assert "gone.jsonl" in of("--batch", "gone.jsonl")
     for flag, wrong in (("size", "large"), ("seed", "much"), ("cache", "0"), ("cache", "-1"),
@@ -283,6 +398,79 @@ def test_complaints(tmp_path, monkeypatch, variant):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "pip install torchao==" in of("--quantize")
     assert not (tmp_path / "x.png").exists()
+
+
+# ---------------------------------------------------------------- damaged models
+def without_weight(number):
+    """Takes a weight out of a safetensors file."""
+    def damage(path):
+        weights = load_file(path)
+        del weights[sorted(weights)[number]]
+        save_file(weights, path, {"format": "pt"})
+    return damage
+
+
+def other(*keys, value):
+    """Gives an entry of a JSON file another value."""
+    def damage(path):
+        config = entry = json.loads(path.read_text())
+        for key in keys[:-1]:
+            entry = entry[key]
+        entry[keys[-1]] = value
+        path.write_text(json.dumps(config))
+    return damage
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+
+
+LOADERS = {
+    "vlm": lambda path: loaders.load_vlm(path, "cpu", torch.float32),
+    "clip": lambda path: loaders.load_clip(path, "cpu", torch.float32),
+    "t5": lambda path: loaders.load_t5(path, "cpu", torch.float32),
+    "decoder": lambda path: loaders.load_t5_decoder(path, "cpu", torch.float32),
+    "flux": lambda path: pipelines.load_flux(path, "cpu", torch.float32, t5_encoder=True)}
+WIDE = "more weights than the files can hold"
+DAMAGE = [
+    ("vlm", "config.json", other("text_config", "hidden_size", value=100_000), WIDE),
+    ("vlm", "config.json", other("text_config", "hidden_size", value="x"), "hidden_size"),
+    ("vlm", "config.json", other("text_config", "intermediate_size", value=385), "other sizes"),
+    ("vlm", "config.json", other("image_token_id", value=10**9), "cannot load"),
+    ("vlm", "config.json", cut, "valid JSON"), ("vlm", "tokenizer.json", cut, "cannot load"),
+    ("vlm", "chat_template.jinja", cut, "cannot load"),
+    ("vlm", "generation_config.json", other("eos_token_id", value={}), "cannot load"),
+    ("vlm", "processor_config.json", other("image_processor", "merge_size", value=0), "division"),
+    ("vlm", "model.safetensors", without_weight(0), "lacks weights"),
+    ("clip", "config.json", other("vision_config", "image_size", value=10**6), WIDE),
+    ("clip", "config.json", other("vision_config", "num_hidden_layers", value=10**9), WIDE),
+    ("t5", "config.json", other("num_layers", value=10**9), WIDE),
+    ("t5", "config.json", other("d_ff", value=10**7), WIDE),
+    ("t5", "config.json", other("relative_attention_num_buckets", value=[]), "cannot load"),
+    ("decoder", "config.json", other("d_ff", value=10**7), WIDE),
+    ("decoder", "config.json", other("d_ff", value=65), "other sizes"),
+    ("decoder", "model.safetensors", cut, "cannot load"),
+    ("flux", "model_index.json", other("text_encoder", value=None), "cannot load"),
+    ("flux", "transformer/config.json", other("num_attention_heads", value=10**4), WIDE),
+    ("flux", "text_encoder_2/config.json", other("d_ff", value=10**7), WIDE),
+    ("flux", "vae/config.json", other("latent_channels", value=True), "cannot load"),
+    *(("flux", f"{part}/model.safetensors", without_weight(3), "lacks weights")
+      for part in ("text_encoder", "text_encoder_2")),
+    *(("flux", f"{part}/diffusion_pytorch_model.safetensors", without_weight(3), "cannot load")
+      for part in ("transformer", "vae"))]
+
+
+@pytest.mark.parametrize("model, file, damage, said", DAMAGE)
+def test_damaged_models_are_named(tmp_path, model, file, damage, said):
+    """In one line, without random weights and without the memory that a config.json claims."""
+    folder = tmp_path / "model"
+    shutil.copytree(MINI[model.replace("decoder", "t5")], folder)
+    damage(folder / file)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UserError, match=said) as caught:
+        LOADERS[model](str(folder))
+    assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # kB
 
 
 # ---------------------------------------------------------------- explain

@@ -88,8 +88,10 @@ def test_tokens_only_trains_the_same_aligner(tmp_path):
     assert f"{images}/01.png" in err and f"{images}/02.png" in err
     for file in images.glob("*.png"):
         file.unlink()
-    assert "none of the 8 samples of a step can be read" in complaint(
-        *TRAIN, tmp_path / "tokens", "--out", tmp_path / "y")
+    assert "none of its samples can be read" in complaint(
+        *TRAIN, tmp_path / "tokens", "--out", tmp_path / "y", "--steps", 2)
+    assert "100 samples in a row cannot be read: is the disk there?" in complaint(
+        *TRAIN, tmp_path / "tokens", "--out", tmp_path / "y", "--resume")
 
 
 def test_a_port_in_use_is_one_line(tmp_path):

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from filelock import FileLock
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
@@ -234,7 +236,7 @@ def test_shards_hold_what_the_docstring_says(prepared, pictures, vlm):
 def test_tokens_only_stores_the_same_tokens_alone(prepared, pictures, tmp_path):
     printed, _ = command(*LVLM, "--images", pictures, "--out", tmp_path, "--tokens-only")
     assert "23 samples to go of 23; they need" in printed
-    assert f"wrote 23 samples to {tmp_path}, skipped 0 pictures" in printed
+    assert "found 23 pictures = 23 written + 0 skipped\n" in printed
     stored, alone = read_data(prepared), read_data(tmp_path)
     assert stored.keys() == alone.keys()
     assert all(row.keys() == {"tokens"} for _, row in rows(tmp_path))
@@ -275,13 +277,15 @@ def test_killed_and_resumed_with_two_processes_equals_one_process(prepared, pict
     finished = {path: path.stat().st_mtime_ns for path in tmp_path.glob("shard-*.json")}
     assert 0 < len(read_data(tmp_path)) < 23, "the kill came too late to test anything"
     # as a kill between the two files of a shard leaves it
-    (tmp_path / "shard-07-00000.safetensors").write_bytes(b"half a shard")
+    half = tmp_path / f"shard-{len(read_data(tmp_path)):07}.safetensors"
+    half.write_bytes(b"half a shard")
 
     torchrun = "-m torch.distributed.run --standalone --nproc_per_node 2".split()
     done = subprocess.run([sys.executable, *torchrun, *line], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "wrote 23 samples" in done.stdout
-    assert list(tmp_path.glob("shard-01*"))
+    assert done.stdout.count("found 23 pictures = 23 written + 0 skipped") == 1
+    # the second process's first one
+    assert list(tmp_path.glob(f"shard-{int(half.stem[-7:]) + 1:07}.json"))
     # nothing is done twice
     assert all(path.stat().st_mtime_ns == written for path, written in finished.items())
     assert_same_data(read_data(prepared), read_data(tmp_path))
@@ -301,28 +305,243 @@ def test_a_shard_counts_only_once_its_tensors_are_written(prepared, pictures, tm
     monkeypatch.setattr(os, "replace", interrupted)
     line = (*LVLM, "--images", pictures, "--out", tmp_path)
     command(*line, code=130)
-    assert [path.name for path in tmp_path.glob("shard-*")] == ["shard-00-00000.safetensors"]
+    assert [path.name for path in tmp_path.glob("shard-*")] == ["shard-0000000.safetensors"]
     assert "23 samples to go of 23" in command(*line)[0]
     assert_same_data(read_data(prepared), read_data(tmp_path))
+
+
+def files(out, pattern="*-*.*"):
+    """{path: its bytes} of the shards."""
+    return {path: path.read_bytes() for path in out.glob(pattern)}
+
+
+@pytest.fixture
+def resumed(prepared, pictures, tmp_path):
+    """A copy of `prepared` in four shards, and the command that goes on with it."""
+    out = tmp_path / "copy"
+    shutil.copytree(prepared, out)
+    assert len(read_shards(out)) == 4
+    return out, (*LVLM, "--images", pictures, "--out", out)
+
+
+@pytest.mark.parametrize("gap, suffixes", [
+    (0, [".json", ".safetensors"]), (1, [".json"]), (3, [".json", ".safetensors"])])
+def test_a_gap_in_the_shards_is_filled_and_nothing_overwritten(prepared, resumed, gap, suffixes):
+    out, line = resumed
+    stems = [stem for stem, _ in read_shards(out)]
+    for suffix in suffixes:
+        Path(f"{stems[gap]}{suffix}").unlink()
+    # as the first version of this repository named them
+    for suffix in (".json", ".safetensors"):
+        Path(f"{stems[2]}{suffix}").rename(out / f"shard-00-00003{suffix}")
+    # what is unfinished may be replaced
+    kept = {path: content for path, content in files(out).items() if not path.match(
+        f"{stems[gap].name}.*")}
+    printed, _ = command(*line)
+    assert "found 23 pictures = 23 written + 0 skipped" in printed
+    assert kept.items() <= files(out).items()
+    assert_same_data(read_data(prepared), read_data(out))
+
+
+def test_a_shard_in_the_way_is_not_overwritten(resumed):
+    out, line = resumed
+    first, second = (stem for stem, _ in read_shards(out)[:2])
+    for suffix in (".json", ".safetensors"):
+        Path(f"{second}{suffix}").replace(f"{first}{suffix}")
+    before = files(out)
+    assert f"{first}.json is in the way of image 0" in complaint(*line)
+    assert files(out) == before
+
+
+def test_a_second_run_in_the_folder_is_refused(resumed):
+    out, line = resumed
+    for file in out.glob("shard-*"):
+        file.unlink()
+    with FileLock(out / ".lock"):
+        assert "another run is writing" in complaint(*line)
+    assert not files(out)
+
+
+def test_other_processes_wait_until_the_first_one_holds_the_lock(tmp_path, monkeypatch):
+    """Else those of a second torchrun would write shards before their first one is refused."""
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "0/1/error.json"))
+    (tmp_path / "0").mkdir()
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "1")
+    second = threading.Thread(target=common.lock_folder, args=(tmp_path / "out",), daemon=True)
+    second.start()
+    second.join(0.5)
+    assert second.is_alive()
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "0")
+    try:
+        common.lock_folder(tmp_path / "out")
+        second.join(60)
+        assert not second.is_alive()
+    finally:
+        common.release_locks()
+
+
+# what can become of a file
+DAMAGE = {
+    "empty": lambda data: b"",
+    "cut": lambda data: data[:len(data) // 2],
+    "two bytes too few": lambda data: data[:-2],
+    "not UTF-8": lambda data: b"\xff\xfe" + data,
+    "list": lambda data: b"[]",
+    "number": lambda data: b"7",
+    "null": lambda data: b"null",
+    "NaN": lambda data: b'{"samples": NaN, "skipped": []}',
+    "deep": lambda data: b"[" * 100_000,
+    "foreign": lambda data: b'{"samples": [{"a": 1}], "skipped": [3], "faults": [2], "vlm": 1}',
+    "indices": lambda data: b'{"samples": [], "skipped": [{"index": "a"}, {"index": null}]}',
+    "no such index": lambda data: b'{"samples": [], "skipped": [{"index": 99, "key": "a"}]}',
+    "other image": lambda data: b'{"samples": [], "skipped": [{"index": 6, "key": "a"}]}',
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("name", ["shard-0000006.json", "shard-0000006.safetensors", "meta.json",
+                                  "plan.jsonl"])
+def test_damaged_files_are_named(resumed, name, damage):
+    out, line = resumed
+    (out / name).write_bytes(DAMAGE[damage]((out / name).read_bytes()))
+    before = files(out, "*")
+    assert (out / name).stem in complaint(*line)
+    assert files(out, "*") == before
+
+
+def test_files_that_do_not_belong_together_are_named(resumed, pictures, tmp_path):
+    out, line = resumed
+    a, b = (f"{stem}.safetensors" for stem, _ in read_shards(out)[1:3])
+    os.replace(a, tmp_path / "a")
+    assert "0000006.json is damaged (No such file" in complaint(*line)
+    shutil.copy(b, a)
+    assert "the .safetensors does not belong to the .json" in complaint(*line)
+    os.replace(tmp_path / "a", a)
+    twin = out / "shard-0000007"
+    for suffix in (".json", ".safetensors"):
+        shutil.copy(f"{out}/shard-0000006{suffix}", f"{twin}{suffix}")
+    assert f"{twin}.json is damaged (an index is there twice" in complaint(*line)
+    # a shard of other data
+    command(*LVLM, "--images", pictures / "below", "--out", tmp_path / "other")
+    for file in (tmp_path / "other").glob("shard-*"):
+        shutil.copy(file, out)
+    for file in out.glob("shard-0000007.*"):
+        file.unlink()
+    assert "move its two files away" in complaint(*line)
+
+
+@pytest.mark.parametrize("suffix", [".json", ".safetensors"])
+def test_flipped_bits_in_a_shard_are_noticed(prepared, tmp_path, suffix):
+    """In all of the JSON, and in the tensors' header and tokens: the features are not read."""
+    whole, rng = read_shards(prepared)[1][1], random.Random(0)
+    for file in prepared.glob("shard-0000006.*"):
+        shutil.copy(file, tmp_path)
+    file = tmp_path / f"shard-0000006{suffix}"
+    data = file.read_bytes()
+    # header, then 6 x 12 tokens of 4 bytes, then features
+    end = 8 + int.from_bytes(data[:8], "little") + 6 * 12 * 4
+    for place in rng.sample(range(len(data) if suffix == ".json" else end), 150):
+        flipped = bytearray(data)
+        flipped[place] ^= 1 << rng.randrange(8)
+        file.write_bytes(flipped)
+        try:
+            # taken for an older shard, which has no hash
+            assert read_shards(tmp_path)[0][1] == whole and b'"hash"' not in flipped
+        except UserError as error:
+            assert "0000006.json is damaged" in str(error)
+
+
+def test_the_plan_is_fixed_once_there_is_a_shard(prepared, resumed, tmp_path):
+    out, (*line, source, _, _) = resumed
+    shutil.copytree(source, tmp_path / "in")
+    data, meta = tmp_path / "data", json.loads((out / "meta.json").read_text())
+    go_on = (*line, tmp_path / "in", "--out", data)
+    command(*go_on)
+    picture(99).save(tmp_path / "in/new.png")
+    next(iter(data.glob("shard-*.json"))).unlink()
+    printed, _ = command(*go_on)
+    assert f"goes on with {data}/plan.jsonl; pictures added since are not in it" in printed
+    assert "found 23 pictures = 23 written + 0 skipped" in printed and len(read_data(data)) == 23
+
+    plan = (out / "plan.jsonl").read_bytes()
+    lines = plan.splitlines(keepends=True)
+    for changed in (b"".join(lines[:-1]), b"".join(lines[::-1]), plan + lines[0], b""):
+        (out / "plan.jsonl").write_bytes(changed)
+        assert "plan.jsonl was changed" in complaint(*line, source, "--out", out)
+        assert (out / "plan.jsonl").read_bytes() == changed
+    for name in ("plan.jsonl", "meta.json"):
+        (out / name).rename(tmp_path / name)
+        assert f"{name}'" in complaint(*line, source, "--out", out)
+        (tmp_path / name).rename(out / name)
+    # of older versions, which kept no hash
+    (out / "meta.json").write_text(json.dumps(
+        {name: meta[name] for name in meta.keys() - {"plan_hash", "found", "skipped"}}))
+    for changed in (b"".join(lines[:-1]), b"".join(lines[::-1])):
+        (out / "plan.jsonl").write_bytes(changed)
+        assert "holds images that" in complaint(*line, source, "--out", out)
+    (out / "plan.jsonl").write_bytes(plan)
+    assert "found 23 pictures = 23 written" in command(*line, source, "--out", out)[0]
+
+
+@pytest.mark.parametrize("wrong, expected", [
+    (["--tokens", 10**9], "use --tokens-only"), (["--vlm", MINI["clip"]], "cannot load"),
+    (["--vlm", "./nothing"], "is no folder"), (["--count", 24], "only 23 pictures"),
+    (["--backend", "vllm"], "`pip install vllm`")])
+def test_a_start_that_fails_leaves_nothing_in_the_way(pictures, tmp_path, wrong, expected):
+    line = (*LVLM, "--images", pictures, "--out", tmp_path / "x")
+    assert expected in complaint(*line, *wrong)
+    assert "found 23 pictures = 23 written" in command(*line, "--tokens", 2)[0]
+
+
+def test_a_foreign_meta_json_is_not_overwritten(pictures, tmp_path):
+    (tmp_path / "meta.json").write_text('{"mine": 1}')
+    assert "meta.json is damaged" in complaint(*LVLM, "--images", pictures, "--out", tmp_path)
+    assert (tmp_path / "meta.json").read_text() == '{"mine": 1}'
+
+
+def test_a_run_of_unreadable_pictures_is_skipped_but_a_missing_disk_is_not(tmp_path):
+    source, out = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    for i in range(9):
+        (source / f"{i}.png").write_bytes(b"no picture")
+    for i in range(90, 93):
+        picture(i).save(source / f"{i}.png")
+    line = (*LVLM, "--images", source, "--out", out)
+    printed, _ = command(*line)
+    assert "found 12 pictures = 3 written + 9 skipped (see" in printed
+    assert len(list(csv.reader((out / "skipped.csv").open()))) == 1 + 9
+
+    before = files(out, "*")
+    for file in out.glob("shard-*.json"):
+        file.unlink()
+    source.rename(tmp_path / "unplugged")
+    assert "is the disk?" in complaint(*line)
+    assert not list(out.glob("shard-*.json"))
+    (tmp_path / "unplugged").rename(source)
+    assert "found 12 pictures = 3 written + 9 skipped (see" in command(*line)[0]
+    assert files(out, "*") == before
 
 
 def test_resume_refuses_other_settings_and_finds_nothing_left(prepared, pictures, tmp_path):
     line = (*LVLM, "--images", pictures, "--out", prepared)
     changed = complaint(*line, "--seed", 1, "--tokens", 13)
-    assert "was begun with seed 0, now 1; tokens 12, now 13: give the same settings" in changed
+    assert "was begun with seed 0, now 1; tokens 12, now 13: give or restore the same" in changed
     # a model may have moved
     (tmp_path / "qwen2-vl").symlink_to(MINI["vlm"])
     for moved in ((), ("--vlm", tmp_path / "qwen2-vl")):
         out, _ = command(*line, *moved)
-        assert "wrote 23 samples" in out and "to go" not in out
+        assert "found 23 pictures = 23 written" in out and "to go" not in out
 
 
 def test_count_draws_from_all_sources_without_replacement(pictures, tmp_path):
     sources = [pictures / "{00008..00009}.tar", pictures / "below", pictures]
 
     def draw(name, seed):
-        command(*LVLM, "--images", *sources, "--out", tmp_path / name, "--count", 15, "--seed",
-                seed, "--tokens", 1)
+        out, _ = command(*LVLM, "--images", *sources, "--out", tmp_path / name, "--count", 15,
+                         "--seed", seed, "--tokens", 1)
+        assert "found 23 pictures = 8 not selected + 15 written + 0 skipped\n" in out
         lines = (tmp_path / name / "plan.jsonl").read_text().splitlines()
         return [ImageRef(*json.loads(line)) for line in lines]
 
@@ -411,7 +630,7 @@ def test_vllms_tokens_get_the_features_that_transformers_tokens_have(vllm, pictu
 
     printed, err = command(*greedy, out, "--backend", "vllm")
     assert "the same command without --backend vllm" in printed and "broken.png" in err
-    assert "wrote the tokens of 23 samples" in printed
+    assert "found 24 pictures = 23 written + 1 skipped" in printed
     assert not read_shards(out) and len(read_shards(out, "tokens")) > 3
     asked = sys.modules["vllm"].LLM.asked
     config = transformers.AutoConfig.from_pretrained(MINI["vlm"])
@@ -419,12 +638,12 @@ def test_vllms_tokens_get_the_features_that_transformers_tokens_have(vllm, pictu
     assert len(asked) == 23 == len({params.seed for params in asked})
     assert all(params.ignore_eos and params.logit_bias == placeholders for params in asked)
     again, _ = command(*greedy, out, "--backend", "vllm")
-    assert "wrote the tokens of 23 samples" in again and len(asked) == 23
+    assert "found 24 pictures = 23 written + 1 skipped" in again and len(asked) == 23
 
     # as after a kill: transformers writes what is left
     sorted(out.glob("tokens-*.json"))[1].unlink()
     printed, _ = command(*greedy, out)
-    assert "wrote 23 samples" in printed and "skipped 1 pictures" in printed
+    assert "found 24 pictures = 23 written + 1 skipped" in printed
     whole = read_data(out)
     assert_same_data(read_data(tmp_path / "transformers"), whole)
 
@@ -464,12 +683,13 @@ def test_bad_pictures_are_skipped_named_and_counted(tmp_path):
         end = tar.getmember("4.png").offset_data + 50
     os.truncate(source / "broken.tar", end)
     stdout, err = command(*LVLM, "--images", source, "--out", out)
-    assert "wrote 5 samples" in stdout and "skipped 4 pictures, 2 broken tars (see" in stdout
+    assert "= 5 written + 5 skipped; 2 faults in tars (see" in stdout
     assert len(read_data(out)) == 5
     listed = dict(csv.reader((out / "skipped.csv").open()))
     for name in ("zero.png", "cut.png", "text.jpg", "thin.png", "broken.tar", "zero.tar"):
         assert name in err and str(source / name) in listed, name
-    assert "4 pictures of it can be read" in listed[str(source / "broken.tar")]
+    assert "the end is missing after 4.png" in listed[str(source / "broken.tar")]
+    assert f"{source}/broken.tar::4.png" in listed
 
 
 @pytest.mark.parametrize("images, out, extra, expected", [
@@ -482,7 +702,7 @@ def test_bad_pictures_are_skipped_named_and_counted(tmp_path):
     ("good", "out", ["--vlm", "./nothing"], "./nothing is no folder"),
     ("good", "out", ["--vlm", MINI["clip"]], "cannot load"),
     ("good", "out", ["--backend", "vllm"], "`pip install vllm`"),
-    ("good", "out", ["--tokens", "1000000000000"], "use --tokens-only"),
+    ("good", "out", ["--tokens", "1000000000"], "use --tokens-only"),
 ])
 def test_one_clear_line(tmp_path, images, out, extra, expected):
     for name in ("empty", "bad", "good"):

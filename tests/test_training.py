@@ -17,12 +17,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel, T5ForConditionalGeneration
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 from common import MINI, REPO
-from helpers import command, complaint, read_log
+from helpers import command, complaint, read_log, write_tar
 
 # the samples 18 and 19, or 19 alone, are held out
 SAMPLES, SEED, BATCH = 20, 5, 8
@@ -64,6 +65,7 @@ def write_lvlm_data(folder, features="generated"):
     samples = lvlm_samples(features)
     meta = {"tokens_only": False, "features": features, "tokens": LENGTHS[features], "d_vlm": 128}
     (folder / "meta.json").write_text(json.dumps(meta))
+    (folder / "plan.jsonl").write_text("".join(f'["{i}.png"]\n' for i in range(SAMPLES)))
     for rank in (0, 1):
         numbers = range(1 - rank, SAMPLES, 2)
         xs, ys = zip(*[samples[i] for i in numbers], strict=True)
@@ -184,6 +186,21 @@ def train_by_hand(source, width, hidden, limit, norm, held_out):
     return weights, state, losses, held_out_losses
 
 
+# a command line whose second process is killed once, after the checkpoint of step 3
+KILLED_ONCE = """
+import importlib, os, signal, sys
+del sys.argv[0]
+module = importlib.import_module(sys.argv[0].removesuffix(".py"))
+rate = module.learning_rate
+def rate_or_die(step, args):
+    if step == 3 and os.environ["RANK"] + os.environ["TORCHELASTIC_RESTART_COUNT"] == "10":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return rate(step, args)
+module.learning_rate = rate_or_die
+module.common.cli_main(module.main)
+"""
+
+
 @pytest.mark.parametrize("script, processes, options", [
     ("thinkdiff_lvlm.py", 1, {}),
     ("thinkdiff_lvlm.py", 2, {}),
@@ -195,7 +212,8 @@ def train_by_hand(source, width, hidden, limit, norm, held_out):
     ("thinkdiff_clip.py", 1, {"norm": "default", "hidden": 24, "held-out": 1}),
 ], ids=str)
 def test_four_steps_equal_a_loop_by_hand(script, processes, options, tmp_path, monkeypatch):
-    """Weights, optimizer state and log; the loop by hand trains on no held-out sample."""
+    """Weights, optimizer state and log; the loop by hand trains on no held-out sample. Of two
+    processes one is killed, and torchrun restarts both with the same command."""
     data, out = tmp_path / "data", tmp_path / "out"
     arguments = ["train", *RECIPE, "--data", str(data), "--out", str(out)]
     arguments += [f"--{name}={value}" for name, value in options.items()]
@@ -212,9 +230,14 @@ def test_four_steps_equal_a_loop_by_hand(script, processes, options, tmp_path, m
     if processes == 1:
         command(script, *arguments)
     else:
-        subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                        "--nproc_per_node", str(processes), script, *arguments],
-                       cwd=REPO, check=True, capture_output=True)
+        (tmp_path / "killed_once.py").write_text(KILLED_ONCE)
+        done = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+             "--max-restarts", "1", tmp_path / "killed_once.py", script, *arguments, "--resume"],
+            cwd=REPO, env={**os.environ, "PYTHONPATH": str(REPO)}, capture_output=True, text=True)
+        assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-3000:]
+        assert done.stdout.count("starts from the beginning") == 1
+        assert done.stderr.count("(exitcode: -9)") == 1
 
     # at most a tenth of the 20 samples is held out
     held_out = options.get("held-out", 2)
@@ -337,7 +360,7 @@ def test_resumes_bit_identical(run, tmp_path):
         shutil.copytree(killed, other)
     state = json.loads((killed / FIRST / "state.json").read_text())
     models = {name: state[name] for name in ("vlm", "t5")}
-    assert state == {**old_state(run), **models}
+    assert {name: state[name] for name in old_state(run)} == {**old_state(run), **models}
     (old / FIRST / "state.json").write_text(json.dumps(old_state(run)))
     elsewhere = []
     for name, path in models.items():
@@ -371,6 +394,129 @@ def test_compiled_training_is_the_same_but_for_roundings(run, tmp_path, count_gr
     assert compiled == pytest.approx(plain, abs=1e-5)
 
 
+# ---------------------------------------------------------------- faults
+def logged(out):
+    """The rows of log.csv without the speed."""
+    return [list(row.values())[:4] for row in read_log(out)]
+
+
+def same_end(out, other, last=LAST):
+    """Whether two runs have the same log, and bit for bit the same aligner and optimizer."""
+    return logged(out) == logged(other) and all(
+        files(out / folder)[name] == files(other / folder)[name] for folder, name in
+        (("aligner", "model.safetensors"), (last, "optimizer.safetensors")))
+
+
+@pytest.mark.parametrize("number, during, step, code", [
+    (signal.SIGTERM, 4, 4, 143), (signal.SIGINT, 5, 6, 130)])
+def test_a_signal_saves_and_stops(run, tmp_path, monkeypatch, number, during, step, code):
+    """At the next row of the log, of which there is one for each checkpoint; the first start says
+    --resume, too. The same command goes on to the same log and weights."""
+    module = importlib.import_module(run.script.removesuffix(".py"))
+    every = "--log-every", 7, "--save-every", 2
+    rate, handler = module.learning_rate, signal.getsignal(number)
+    command(*run.train, tmp_path / "whole", *every)
+
+    def ask(now, args):
+        if now == during - 1:
+            signal.raise_signal(number)
+        return rate(now, args)
+    monkeypatch.setattr(module, "learning_rate", ask)
+    stopped = (*run.train, tmp_path / "x", *every, "--resume")
+    out, err = command(*stopped, code=code)
+    assert "starts from the beginning" in out and signal.getsignal(number) == handler
+    assert err.splitlines()[-1] == (
+        f"stopped by {number.name} at step {step}, checkpoint saved: the same command with "
+        "--resume goes on")
+    assert f"checkpoint-000000{step}" in os.listdir(tmp_path / "x")
+    monkeypatch.undo()
+    command(*stopped)
+    assert same_end(tmp_path / "x", tmp_path / "whole")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    """Sample 9 has features so large that the products overflow; sample 4 has a NaN."""
+    data, out = tmp_path / "data", tmp_path / "x"
+    write_lvlm_data(data)
+    for row, shard, value in ((4, 0, 3e38), (2, 1, float("nan"))):
+        file = data / f"shard-0{shard}-00000.safetensors"
+        tensors = load_file(file)
+        tensors["features"][row] = value
+        save_file(tensors, file)
+    t = ("thinkdiff_lvlm.py", "train", *RECIPE, "--log-every", 50, "--eval-every", 50,
+         "--save-every", 1, "--data", data, "--out", out, "--batch-size", 2, "--steps", 50)
+    generator = torch.Generator().manual_seed(SEED)
+    order = torch.randperm(18, generator=generator).tolist()
+    bad = order.index(9) // 2 + 1
+    names = ", ".join(f"{i}.png" for i in order[2 * bad - 2:2 * bad])
+    _, err = command(*t, code=1)
+    assert f"error: loss is nan at step {bad}; its samples: {names} (process 0)" in err
+    kept = [path.name for path in out.glob("checkpoint-*")]
+    assert kept == [f"checkpoint-{bad - 1:07}"] and not (out / "aligner").exists()
+    if order.index(4) < order.index(9):
+        assert "skipped (1 so far): cannot use 4.png: it has features that are not finite" in err
+    # weights that are not finite are never written
+    weights = load_file(out / kept[0] / "model.safetensors")
+    assert all(weight.isfinite().all() for weight in weights.values())
+
+
+def flip(file, place):
+    """Flips a bit of a file's byte."""
+    content = bytearray(file.read_bytes())
+    content[place] ^= 4
+    file.write_bytes(content)
+
+
+# their code is the same for both variants
+lvlm_only = pytest.mark.parametrize("run", ["thinkdiff_lvlm.py"], indirect=True)
+
+
+@lvlm_only
+@pytest.mark.parametrize("name, place", [("model.safetensors", -3), ("optimizer.safetensors", -3),
+                                         ("optimizer.safetensors", 20), ("state.json", 11)])
+def test_a_damaged_checkpoint_is_set_aside(run, tmp_path, name, place):
+    out = tmp_path / "x"
+    shutil.copytree(run.out, out)
+    flip(out / LAST / name, place)
+    err = command(*run.train, out, "--resume")[1]
+    assert f"goes on from {SECOND}" in err and f"moved to damaged-{LAST}-" in err
+    assert same_end(out, run.out)
+    (damaged,) = out.glob("damaged-*")
+    assert files(damaged).keys() == files(out / LAST).keys()
+    for checkpoint in (SECOND, LAST):
+        flip(out / checkpoint / name, place)
+    assert "can be read, choose another --out" in complaint(*run.train, out, "--resume")
+    assert {SECOND, LAST} < {*os.listdir(out)}
+
+
+@lvlm_only
+def test_a_damaged_log_and_folders_of_the_user(run, tmp_path):
+    out = tmp_path / "x"
+    shutil.copytree(run.out, out)
+    (out / "checkpoint-mine").mkdir()
+    (out / "log.csv").write_bytes(b"step,loss\n3,\xff")
+    line = complaint(*run.train, out, "--resume")
+    assert "log.csv is damaged: restore it, or move it away" in line
+    (out / "log.csv").unlink()
+    command(*run.train, out, "--resume", "--steps", 9, "--keep", 1)
+    assert (out / "checkpoint-mine").exists() and not (out / LAST).exists()
+
+
+@lvlm_only
+def test_a_full_disk_is_one_line(run, tmp_path, monkeypatch):
+    """The error that safetensors raises for it; what was there stays."""
+    out = tmp_path / "x"
+    shutil.copytree(run.out, out)
+    before = files(out / "aligner")
+
+    def fail(*_):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+    monkeypatch.setattr("aligner.Aligner._save_pretrained", fail)
+    line = complaint(*run.train, out, "--resume")
+    assert "aligner: I/O error: No space left on device" in line and "Free some space" in line
+    assert files(out / "aligner") == before and not (out / ".partial").exists()
+
+
 # ---------------------------------------------------------------- complaints
 def test_training_complaints(run, tmp_path):
     def of(*flags, out=tmp_path / "x", code=1):
@@ -379,12 +525,14 @@ def test_training_complaints(run, tmp_path):
     assert ("no training data in" if lvlm else "nothing does not exist") in of(
         "--data", tmp_path / "nothing")
     assert "already holds a training run" in of(out=run.out)
-    assert "nothing to resume" in of("--resume")
     for flag in ("--t5", "--vlm"):
         # LVLM's data holds the features, but the text of its tokens needs the VLM's tokenizer
         assert "no/such-model" in of(flag, "no/such-model")
     (tmp_path / "mine" / "aligner").mkdir(parents=True)
-    assert "already holds" in of(out=tmp_path / "mine")
+    for more in ((), ("--resume",)):
+        assert "already holds a training run: choose another" in of(*more, out=tmp_path / "mine")
+    # a start that has failed is in the way of none
+    assert not (tmp_path / "x").exists() or "pairs.jsonl" in files(tmp_path / "x")
     (tmp_path / "file").write_text("kept")
     of(out=tmp_path / "file" / "x")
     assert (tmp_path / "file").read_text() == "kept"
@@ -401,3 +549,44 @@ def test_complaints_about_features(tmp_path):
     short = {**json.loads(meta.read_text()), "features": "generated", "tokens": 1}
     meta.write_text(json.dumps(short))
     assert "at least 2" in complaint(*t, tmp_path / "input")
+
+
+def test_other_samples_are_not_taken(run, tmp_path):
+    """Data that is not complete, or has changed since the run began, is refused in one line."""
+    data, out = tmp_path / "data", tmp_path / "x"
+    shutil.copytree(run.data, data)
+    t = (*run.train[:-3], "--data", data, "--out", out)
+    if run.script == "thinkdiff_clip.py":
+        write_tar(tmp_path / "data.tar", files(data))
+        t = (*run.train[:-3], "--data", tmp_path / "data.tar", "--out", out)
+        command(*t)
+        flip(out / "pairs.jsonl", -9)
+        assert "pairs.jsonl is missing or damaged" in complaint(*t, "--resume")
+        flip(out / "pairs.jsonl", -9)
+        write_tar(tmp_path / "data.tar", files(data) | {"new.png": bytes(20000), "new.txt": b"a"})
+        assert "data.tar is missing, or its size has changed" in complaint(*t, "--resume")
+        # a run that has no checkpoint looks for its pairs again
+        for checkpoint in (*out.glob("checkpoint-*"), out / "aligner"):
+            shutil.rmtree(checkpoint)
+        assert "found 21 pictures" in command(*t, "--resume", "--steps", 1)[0]
+        return
+    plan, shard = data / "plan.jsonl", data / "shard-01-00000"
+    shutil.copytree(data, tmp_path / "whole")
+    command(*t)
+    with plan.open("a") as file:
+        file.write('["20.png"]\n')
+    assert "holds 20 of 21 samples: finish it with the same `prepare_data.py`" in complaint(
+        *t, "--resume")
+    content = shard.with_suffix(".json").read_text()
+    skipped = '"skipped": [{"index": 20, "key": "20.png", "reason": ""}]'
+    shard.with_suffix(".json").write_text(content.replace('"skipped": []', skipped))
+    assert "the samples in --data have changed" in complaint(*t, "--resume")
+    plan.write_text('["0.png"]\n')
+    assert "holds 21 of 1 samples" in complaint(*t, "--resume")
+    shutil.copytree(tmp_path / "whole", data, dirs_exist_ok=True)
+    meta = json.loads((data / "meta.json").read_text())
+    (data / "meta.json").write_text(json.dumps({**meta, "plan_hash": "0"}))
+    assert "plan.jsonl is not the one" in complaint(*t, "--resume")
+    plan.unlink()
+    assert (f"make it with `python prepare_data.py lvlm --mini --images FOLDER --out {data}`"
+            in complaint(*t, "--resume"))

@@ -11,6 +11,7 @@ import stat
 import tarfile
 import threading
 import warnings
+import zlib
 from typing import NamedTuple
 
 import numpy as np
@@ -87,6 +88,10 @@ def without_metadata(data):
         start, end = end, end + 12 + int.from_bytes(data[end:end + 4], "big")
         if data[start + 4:start + 8] in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"):
             kept.append(data[start:end])
+        elif data[start + 4:start + 8] == b"eXIf":
+            # the picture is upright if it can be read, whatever its checksum
+            checksum = zlib.crc32(data[start + 4:end - 4])
+            kept.append(data[start:end - 4] + checksum.to_bytes(4, "big"))
     return b"".join(kept)
 
 

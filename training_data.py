@@ -48,16 +48,22 @@ def read_shards(folder, kind="shard"):
     return shards
 
 
+# of a shard's tensors
+TYPES = {"tokens": "I32", "features": "BF16", "lengths": "I64"}
+
+
 def check_tensors(stem, content, n_samples):
     """Raises ValueError unless a shard's tensors belong to the content (bytes) of its JSON."""
     with safe_open(f"{stem}.safetensors", "pt") as tensors:
-        lengths = {name: tensors.get_slice(name).get_shape()[0] for name in tensors.keys()}
-        if lengths.keys() - {"features", "lengths"} != {"tokens"}:
-            raise ValueError(f"its tensors are {', '.join(lengths)}")
+        slices = {name: tensors.get_slice(name) for name in tensors.keys()}
+        types = {name: part.get_dtype() for name, part in slices.items()}
+        if not {"tokens": "I32"}.items() <= types.items() <= TYPES.items():
+            raise ValueError(f"its tensors are {types}")
         written_for = (tensors.metadata() or {}).get("hash")
         found = digest(content + tensors.get_tensor("tokens").numpy().tobytes())
     # older shards have no hash
-    if {*lengths.values()} != {n_samples} or written_for not in (None, found):
+    lengths = {part.get_shape()[0] for part in slices.values()}
+    if lengths != {n_samples} or written_for not in (None, found):
         raise ValueError("the .safetensors does not belong to the .json")
 
 

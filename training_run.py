@@ -172,9 +172,11 @@ def read_log(file, step):
     number = r"\d+(\.\d+)?(e[+-]\d+)?"
     row = re.compile(rf"\d+,({number})?,({number})?,{number},{number}", re.ASCII)
     lines = file.read_text("utf-8", "replace").splitlines()[1:] if file.exists() else []
-    if not all(map(row.fullmatch, lines)):
+    rows = [line.split(",") for line in lines if row.fullmatch(line)]
+    # a checkpoint is saved where a row ends
+    if file.exists() and (len(rows) < len(lines) or str(step) not in [row[0] for row in rows]):
         raise UserError(f"{file} is damaged: restore it, or move it away, then the log begins here")
-    return [line.split(",") for line in lines if int(line.split(",")[0]) <= step]
+    return [row for row in rows if int(row[0]) <= step]
 
 
 class TrainingRun:

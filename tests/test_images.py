@@ -323,6 +323,11 @@ def test_damaged_metadata_does_not_cost_the_picture():
                 (b"acTL", b"\0")):
         assert_pixels(PNG[:33] + chunk(*bad) + PNG[33:], PIXELS)
     assert_pixels(PNG[:33] + chunk(b"tIME", bytes(7))[:-1] + b"?" + PNG[33:], PIXELS)
+    # the orientation survives damage to other metadata
+    turned = Image.Exif()
+    turned[0x112] = 3
+    turned = chunk(b"eXIf", turned.tobytes()[6:])
+    assert_pixels(PNG[:33] + turned + chunk(b"iCCP", b"name\0\1") + PNG[33:], PIXELS[::-1, ::-1])
     jpeg = encoded(Image.fromarray(PIXELS), "JPEG")
     for marker, bad in ((0xe0, b"JFIF\0"), (0xe2, b"ICC_PROFILE\0"), (0xe2, b"MPF\0II*"),
                         (0xed, b"Photoshop 3.0\x008BIM\4\4")):

@@ -229,6 +229,7 @@ def test_lines_that_cannot_be_drawn_are_skipped_and_named(tmp_path, variant):
     assert f"drew 2 pictures, skipped {len(lines)} lines of" in out
     skipped = dict(re.findall(r"^skipped .* line (\d+): (.*)$", err, re.MULTILINE))
     assert sorted(map(int, skipped)) == [*range(4, 4 + len(lines))]
+    assert "it is no JSON object like" in "".join(skipped.values())
     assert not [(line, skipped[str(n)]) for n, (line, word) in enumerate(bad, 4)
                 if word not in skipped[str(n)]]
     drawn = {name: (tmp_path / "good" / name).read_bytes() for name in ("00003.png", "sub/x.png")}

@@ -20,7 +20,8 @@ import torch
 import transformers
 from filelock import FileLock
 from PIL import Image, ImageDraw
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import common
 from common import MINI, REPO, UserError
@@ -418,6 +419,9 @@ def test_files_that_do_not_belong_together_are_named(resumed, pictures, tmp_path
     assert "0000006.json is damaged (No such file" in complaint(*line)
     shutil.copy(b, a)
     assert "the .safetensors does not belong to the .json" in complaint(*line)
+    tensors, note = load_file(tmp_path / "a"), safe_open(tmp_path / "a", "pt").metadata()
+    save_file(tensors | {"features": tensors["features"].half()}, a, note)
+    assert "its tensors are {'features': 'F16'" in complaint(*line)
     os.replace(tmp_path / "a", a)
     twin = out / "shard-0000007"
     for suffix in (".json", ".safetensors"):

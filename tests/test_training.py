@@ -494,9 +494,10 @@ def test_a_damaged_log_and_folders_of_the_user(run, tmp_path):
     out = tmp_path / "x"
     shutil.copytree(run.out, out)
     (out / "checkpoint-mine").mkdir()
-    (out / "log.csv").write_bytes(b"step,loss\n3,\xff")
-    line = complaint(*run.train, out, "--resume")
-    assert "log.csv is damaged: restore it, or move it away" in line
+    for damaged in (b"step,loss\n3,\xff", b""):
+        (out / "log.csv").write_bytes(damaged)
+        line = complaint(*run.train, out, "--resume")
+        assert "log.csv is damaged: restore it, or move it away" in line
     (out / "log.csv").unlink()
     command(*run.train, out, "--resume", "--steps", 9, "--keep", 1)
     assert (out / "checkpoint-mine").exists() and not (out / LAST).exists()

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -526,6 +527,8 @@ def test_training_complaints(run, tmp_path):
     assert ("no training data in" if lvlm else "nothing does not exist") in of(
         "--data", tmp_path / "nothing")
     assert "already holds a training run" in of(out=run.out)
+    with FileLock(run.out / ".lock"):
+        assert f"another run is writing to {run.out}: wait" in of("--resume", out=run.out)
     for flag in ("--t5", "--vlm"):
         # LVLM's data holds the features, but the text of its tokens needs the VLM's tokenizer
         assert "no/such-model" in of(flag, "no/such-model")

@@ -341,10 +341,11 @@ def read_lines(path):
 
 def read_line(line, example_line):
     """The JSON object in a line (bytes): some keys of example_line, "seed", "out", and values like
-    theirs. Raises UserError, or ValueError for what is no JSON or no Unicode."""
-    item = json.loads(line.decode("utf-8-sig"))
-    if not isinstance(item, dict):
-        raise UserError(f"it is no JSON object like {example_line}")
+    theirs. Raises UserError, or ValueError for what is no Unicode."""
+    try:
+        item = {**json.loads(line.decode("utf-8-sig"))}
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"it is no JSON object like {example_line} ({first_line(error)})") from None
     # refuses halves of surrogate pairs, NaN and Infinity
     json.dumps(item, ensure_ascii=False, allow_nan=False).encode()
     example = {**json.loads(example_line), "seed": 0, "out": "a.png"}

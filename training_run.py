@@ -201,30 +201,36 @@ class TrainingRun:
                   f"({len(data) - n_train:,} held out), {self.world} x "
                   f"{args.batch_size // self.world} a step")
 
-    def steps(self, batches):
-        """Yields the batches of the steps that are left.
-
-        After SIGTERM or Ctrl-C the step of the next row of the log is the last: the process saves a
-        checkpoint and exits with 143 or 130. The second signal interrupts at once."""
+    @contextlib.contextmanager
+    def noting_signals(self):
+        """Within it, the first SIGTERM or Ctrl-C is only noted. The second one interrupts."""
         # other threads than the main one cannot handle signals
         is_main = threading.current_thread() is threading.main_thread()
         before = {number: signal.getsignal(number)
                   for number in (signal.SIGTERM, signal.SIGINT) if is_main}
 
-        def ask(number, _):
+        def note(number, _):
             self.signal = number
             signal.signal(number, before[number])
         try:
             for number in before:
-                signal.signal(number, ask)
+                signal.signal(number, note)
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def steps(self, batches):
+        """Yields the batches of the steps that are left.
+
+        After SIGTERM or Ctrl-C the step of the next row of the log is the last: the process saves a
+        checkpoint and exits with 143 or 130."""
+        with self.noting_signals():
             for batch in itertools.islice(batches, max(0, self.args.steps - self.step)):
                 # at rows only, because processes that agree make their GPUs wait
                 if self.step and not self.losses:
                     self.stop_if_asked()
                 yield batch
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def stop_if_asked(self):
         """Saves and exits, all processes after the same step, if one of them has got a signal."""
@@ -320,14 +326,17 @@ class TrainingRun:
     def finish(self):
         """Disconnects the processes; the first one writes --out/aligner and the curve."""
         self.close()
-        if self.rank == 0:
-            folder, curve = self.file.with_name("aligner"), self.file.with_name("loss.png")
-            models = [Path(path).name if os.path.isdir(path) else path
-                      for path in (self.args.vlm, self.args.t5)]
+        if self.rank:
+            return
+        folder, curve = self.file.with_name("aligner"), self.file.with_name("loss.png")
+        models = [Path(path).name if os.path.isdir(path) else path
+                  for path in (self.args.vlm, self.args.t5)]
+        # it takes a second; a signal comes too late to stop anything
+        with self.noting_signals():
             with replacing(folder, self.aligner, model_card_kwargs={"base_model": models}):
                 pass
             plot_log(self.rows, curve)
-            print(f"aligner: {folder}   log: {self.file}   curve: {curve}")
+        print(f"aligner: {folder}   log: {self.file}   curve: {curve}")
 
 
 def plot_log(rows, curve):

@@ -971,7 +971,7 @@ def odd_line(variant, rng, canary):
     elif how == "out":
         line["out"] = rng.choice(["../canary/keep.png", f"{canary}/new.png", "a/../../x.png",
                                   "a\0.png", "x" * 300 + ".png", "\ud800.png", "a.exe", ".png", ".",
-                                  "good0.png/x.png", "../run/y.png"])
+                                  "folder.png/x.png", "../run/y.png"])
         must = not line["out"].startswith((".png", "a/"))
     elif how == "text":
         text = rng.choice(["<|image_pad|>", "<|vision_start|><|image_pad|><|vision_end|>", "\ud800",
@@ -1005,7 +1005,7 @@ def attack_lines(case):
     case.counts["tried"] += len(odd_lines)
     if code is None:
         return
-    pictures = [file for file in (case.work / "out").rglob("*.png") if file.is_file()]
+    pictures = [file for file in (case.work / "out").rglob("*") if file.is_file()]
     found = re.findall(r"drew (\d+) pictures, skipped (\d+) lines", out)
     n_lines = sum(bool(data.strip()) for data, _ in lines)
     if code or not found or [len(pictures), n_lines - len(pictures)] != [*map(int, found[-1])]:
@@ -1280,9 +1280,12 @@ def attack_all(args, kinds):
         for key, value in pool.imap_unordered(undisturbed, [(key, args) for key in whole]):
             BASE[key] = value
     with multiprocessing.get_context("fork").Pool(2) as pool:
-        for kind, _, counts, faults in pool.imap_unordered(attack, jobs):
-            table[kind] += counts
-            print(*faults, sep="\n", end="\n" * bool(faults), flush=True)
+        try:
+            for kind, _, counts, faults in pool.imap_unordered(attack, jobs):
+                table[kind] += counts
+                print(*faults, sep="\n", end="\n" * bool(faults), flush=True)
+        except KeyboardInterrupt:
+            print("interrupted: the table is of what was tried so far")
     return table
 
 

@@ -972,7 +972,7 @@ def odd_line(variant, rng, canary):
         line["out"] = rng.choice(["../canary/keep.png", f"{canary}/new.png", "a/../../x.png",
                                   "a\0.png", "x" * 300 + ".png", "\ud800.png", "a.exe", ".png", ".",
                                   "folder.png/x.png", "../run/y.png"])
-        must = not line["out"].startswith((".png", "a/"))
+        must = not line["out"].startswith((".png", "a/", "folder"))
     elif how == "text":
         text = rng.choice(["<|image_pad|>", "<|vision_start|><|image_pad|><|vision_end|>", "\ud800",
                            "<|im_end|>", "<|video_pad|>", "a\0b", "\u2028", "", "x " * 3000])
@@ -1267,25 +1267,25 @@ def attack(job):
 
 
 def attack_all(args, kinds):
-    """{kind: counts}; prints faults as they are found."""
-    numbers = [args.number] if args.number is not None else None
-    jobs = [(kind, number, args) for kind in kinds
-            for number in numbers or range(KINDS[kind][1 + args.short])]
+    """{kind: counts}; prints faults as they are found, and a row of the table after each kind."""
     whole = {(name, 1) for name in BASE["programs"] if "kills" in kinds}
     whole |= {(name, 2) for name in ("lvlm", "prepare", "clip") if "ranks" in kinds}
     if args.short:
         whole -= {("prepare", 2), ("clip", 2)}
-    table = {kind: Counter() for kind in kinds}
     with multiprocessing.get_context("fork").Pool(2) as pool:
         for key, value in pool.imap_unordered(undisturbed, [(key, args) for key in whole]):
             BASE[key] = value
+    table = {kind: Counter() for kind in kinds}
+    print(f"\n{'':14}" + "".join(f"{name:>16}" for name in COLUMNS), flush=True)
     with multiprocessing.get_context("fork").Pool(2) as pool:
-        try:
-            for kind, _, counts, faults in pool.imap_unordered(attack, jobs):
+        for kind in kinds:
+            numbers = range(KINDS[kind][1 + args.short]) if args.number is None else [args.number]
+            jobs = [(kind, number, args) for number in numbers]
+            for _, _, counts, faults in pool.imap_unordered(attack, jobs):
                 table[kind] += counts
                 print(*faults, sep="\n", end="\n" * bool(faults), flush=True)
-        except KeyboardInterrupt:
-            print("interrupted: the table is of what was tried so far")
+            cells = "".join(f"{table[kind][name]:16}" for name in COLUMNS)
+            print(f"{kind:14}{cells}" if table[kind] else f"{kind:14}not tried", flush=True)
     return table
 
 
@@ -1321,10 +1321,6 @@ def main():
     parsers()
     make_base(args)
     table = attack_all(args, kinds)
-    print(f"\n{'':14}" + "".join(f"{name:>16}" for name in COLUMNS))
-    for kind, counts in table.items():
-        cells = "".join(f"{counts[name]:16}" for name in COLUMNS)
-        print(f"{kind:14}{cells}" if counts else f"{kind:14}not tried")
     unchanged = before == repository()
     print(f"\n{(time.time() - began) / 60:.1f} minutes, seed {args.seed}; the repository is "
           f"{'unchanged' if unchanged else 'CHANGED'}" + f"; files: {args.workdir}" * args.keep)

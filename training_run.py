@@ -173,8 +173,10 @@ def read_log(file, step):
     row = re.compile(rf"\d+,({number})?,({number})?,{number},{number}", re.ASCII)
     lines = file.read_text("utf-8", "replace").splitlines()[1:] if file.exists() else []
     rows = [line.split(",") for line in lines if row.fullmatch(line)]
+    steps = [int(row[0]) for row in rows]
     # a checkpoint is saved where a row ends
-    if file.exists() and (len(rows) < len(lines) or str(step) not in [row[0] for row in rows]):
+    whole = len(rows) == len(lines) and steps == sorted({*steps}) and step in steps
+    if file.exists() and not whole:
         raise UserError(f"{file} is damaged: restore it, or move it away, then the log begins here")
     return [row for row in rows if int(row[0]) <= step]
 

@@ -495,7 +495,9 @@ def test_a_damaged_log_and_folders_of_the_user(run, tmp_path):
     out = tmp_path / "x"
     shutil.copytree(run.out, out)
     (out / "checkpoint-mine").mkdir()
-    for damaged in (b"step,loss\n3,\xff", b""):
+    # the second one: its rows are out of order, and one would be dropped
+    rows = b"".join(b"%d,1.0,,1.0e-03,5.0\n" % step for step in (9, 4, 8))
+    for damaged in (b"step,loss\n3,\xff", b"step\n" + rows, b""):
         (out / "log.csv").write_bytes(damaged)
         line = complaint(*run.train, out, "--resume")
         assert "log.csv is damaged: restore it, or move it away" in line

@@ -16,16 +16,14 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
 from transformers.utils import cached_file
 
-from common import UserError, first_line, read_json, read_pth, read_tensors
+from common import UserError, first_line, read_json, read_pth, read_tensors, write_atomically
 
 NORMS = ("t5", "default", "none")  # the paper's initialisation, and the two ablations of Fig. 7
-CARD = """---
-{{ card_data }}
-base_model: {{ base_model | default([], true) }}
----
-Aligner of [ThinkDiff]({{ paper_url }}): x' = RMSNorm(Linear(GELU(Linear(x)))) maps the features of
-a vision-language model into the prompt space of T5, and so of FLUX. Load it with `load_aligner`.
-"""
+RELEASED_KEYS = {f"mm_projector.{k}" for k in "0.weight 0.bias 2.weight 2.bias 3.weight".split()}
+CARD = ("---\n{{ card_data }}\nbase_model: {{ base_model | default([], true) }}\n---\n"
+        "Aligner of [ThinkDiff]({{ paper_url }}): x' = RMSNorm(Linear(GELU(Linear(x)))) maps the\n"
+        "features of a vision-language model into the prompt space of T5, and so of FLUX.\n"
+        "Load it with `load_aligner`.\n")
 
 
 class Aligner(nn.Module, PyTorchModelHubMixin, license="mit", tags=["thinkdiff", "text-to-image"],
@@ -37,8 +35,7 @@ class Aligner(nn.Module, PyTorchModelHubMixin, license="mit", tags=["thinkdiff",
     hidden: width between the linear layers; None is the paper's, d_t5.
     The hub mixin adds save_pretrained, from_pretrained and push_to_hub (safetensors + JSON)."""
 
-    def __init__(self, d_vlm: int, d_t5: int, norm: str = "t5", eps: float = 1e-6,
-                 hidden: int | None = None):
+    def __init__(self, d_vlm: int, d_t5: int, norm="t5", eps=1e-6, hidden: int | None = None):
         super().__init__()
         if norm not in NORMS or not 0 < eps < 1:
             raise ValueError(f"norm must be one of {NORMS} and 0 < eps < 1: {norm!r}, {eps!r}")
@@ -53,18 +50,22 @@ class Aligner(nn.Module, PyTorchModelHubMixin, license="mit", tags=["thinkdiff",
         """Sets the RMSNorm's weight to T5's encoder.final_layer_norm.weight (d_t5,) (section 3.2),
         so that x' has the decoder's scale from the first step. No effect on Fig. 7's ablations."""
         if self.norm == "t5":
-            with torch.no_grad():
-                self.net[3].weight.copy_(t5_norm_weight)
+            self.net[3].weight.data.copy_(t5_norm_weight)
 
     def forward(self, x):
         """x (B, N, d_vlm) float -> x' (B, N, d_t5) of the aligner's dtype."""
         return self.net(x.to(self.net[0].weight.dtype))
 
+    def save_released(self, path):
+        """Writes a .pth that the authors' code loads. UserError: it knows no aligner like this."""
+        if self.norm == "none" or self.net[0].out_features != self.d_t5:
+            raise UserError(f"cannot write {path}: the authors' code has no aligner without a norm "
+                            "or with another hidden width than T5's")
+        model = {k.replace("net", "mm_projector"): w.cpu() for k, w in self.state_dict().items()}
+        write_atomically(path, lambda temporary: torch.save({"model": model}, temporary))
+
 
 # ---------------------------------------------------- reading aligners: ours and the authors'
-RELEASED_KEYS = {f"mm_projector.{k}" for k in "0.weight 0.bias 2.weight 2.bias 3.weight".split()}
-
-
 def assemble(path, config, weights):
     """The Aligner(**config) (fp32, eval mode) with `weights`, {name: tensor}.
 
@@ -74,8 +75,7 @@ def assemble(path, config, weights):
         with torch.device("meta"):
             aligner = Aligner(**config)
         # copies, because the file may change; other numbers than floats are no weights
-        copies = {name: weight.to(torch.float32, copy=True) for name, weight in weights.items()
-                  if weight.is_floating_point()}
+        copies = {k: w.float().clone() for k, w in weights.items() if w.is_floating_point()}
         aligner.load_state_dict(copies, assign=True)
         if not all(weight.isfinite().all() for weight in aligner.parameters()):
             raise ValueError("not all numbers are finite")
@@ -87,14 +87,14 @@ def assemble(path, config, weights):
 
 def read_released(path):
     """The Aligner of an authors' .pth: {"model": {"mm_projector.0.weight": ..}, ..}."""
-    # DDP puts "module." in front
+    # DDP puts "module." in front; their trainer saves T5's tied embeddings, too
     model = {name.removeprefix("module."): w for name, w in read_pth(path, "model").items()}
+    model = {name: w for name, w in model.items() if not name.startswith("language_model.")}
     if model.keys() != RELEASED_KEYS:
         raise UserError(f"{path} is not a released ThinkDiff aligner: missing or unexpected "
                         f"{sorted(model.keys() ^ RELEASED_KEYS)[:5]}")
-    widths = zip(("d_t5", "d_vlm"), model["mm_projector.0.weight"].shape, strict=False)
-    weights = {name.replace("mm_projector", "net"): w for name, w in model.items()}
-    return assemble(path, dict(widths), weights)
+    config = dict(zip(("d_t5", "d_vlm"), model["mm_projector.0.weight"].shape, strict=False))
+    return assemble(path, config, {k.replace("mm_projector", "net"): w for k, w in model.items()})
 
 
 def load_aligner(path, d_vlm=None, d_t5=None):

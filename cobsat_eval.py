@@ -45,6 +45,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPModel, 
 
 from aligner import load_aligner
 from common import (
+    DTYPE_FLAG,
     MINI,
     MODEL_FLAGS,
     MODELS,
@@ -61,6 +62,7 @@ from common import (
     pretrained_model,
     read_json,
     read_tensors,
+    shared_store,
     torchrun_ranks,
     write_atomically,
     write_csv,
@@ -201,29 +203,34 @@ ORACLE = {
 ING = {"swim": "swimming", "run": "running", "angry": "angry"}
 
 
-def oracle_text(p):
-    """The true answer as a sentence, such as "Create an image of a red car."."""
-    detail, value, noun = p.answer
+def oracle_text(answer):
+    """A Prompt's answer as a sentence, such as "Create an image of a red car."."""
+    detail, value, noun = answer
     value = ING.get(value, value + "ing") if detail == "action" else shown_word(value)
     phrase = ORACLE[detail].format(value=value, noun=noun)
     return "Create an image of " + re.sub(r"\ba (?=[aeiou])", "an ", phrase) + "."
 
 
 # ---------------------------------------------------------------- judge's questions
-def judge_question(detail, about_noun):
-    """CoBSAT's question about the main object or the detail, options in its order."""
+def judge_question(detail, about_noun, caption=None):
+    """CoBSAT's question about the main object or the detail of an image, word for word, two spaces
+    before (1) included; options in its order. caption: in place of the image (its text mode)."""
     asked, options = f"{detail} (of the main object)", DETAILS[detail]
     if about_noun:
         asked, options = "main object", NOUNS[detail]
+    before, where = "", "this image"
+    if caption is not None:
+        before = f"Image caption: {caption}. "
+        where = f"{'this' if about_noun else 'the'} image based on the description"
     listed = "".join(f" ({i}){shown_word(label)}" for i, label in enumerate(options, 1))
-    return (f"What is the {asked} in this image? Answer from the following options:{listed}. "
+    return (f"{before}What is the {asked} in {where}? Answer from the following options: {listed}. "
             "Answer the number only and do not include any other texts (e.g., 1).")
 
 
 def read_number(text):
     """All digits of an answer as one number, 0 without any, as CoBSAT's own code reads it."""
     # int() takes at most 4300
-    return int("".join(c for c in text if c in "0123456789")[:4300] or 0)
+    return int("".join(filter(str.isdecimal, text))[:4300] or 0)
 
 
 def wanted_text(answer):
@@ -329,6 +336,12 @@ def wait_until(ready):
         time.sleep(1)
 
 
+def wait_for_all(store, step):
+    """Waits until all ranks have ended a step; torchrun ends them all if one fails."""
+    store.add(step, 1)
+    wait_until(lambda: store.add(step, 0) == torchrun_ranks()[1])
+
+
 def need_references(args, names):
     """Raises UserError if a reference image is missing."""
     for file in (args.images / name for name in names):
@@ -360,7 +373,7 @@ METHODS = ["thinkdiff", "relay", "oracle"]
 
 def generate_settings(args):
     """{folder below --out: its settings}: all that decides the VLM's answers and the images."""
-    vlm = {"vlm": fingerprint(args.vlm), "instruction": INSTRUCTION,
+    vlm = {"vlm": fingerprint(args.vlm), "instruction": INSTRUCTION, "number_images": True,
            "max_new_tokens": args.max_new_tokens, "images": fingerprint(
                args.images / "datasets", [args.images / reference_file(*kind) for kind in KINDS])}
     flux = {"scale": args.scale, "flux": fingerprint(args.flux)}
@@ -370,6 +383,8 @@ def generate_settings(args):
         flux["cache"] = args.cache
     if args.quantize:
         vlm["quantize"] = flux["quantize"] = True
+    if args.dtype != "auto":
+        vlm["dtype"] = flux["dtype"] = args.dtype
     text = {"t5_length": args.t5_length}
     own = {"thinkdiff": {**vlm, "aligner": fingerprint(args.aligner)}, "relay": {**vlm, **text},
            "oracle": {**text, "phrases": "; ".join(ORACLE.values())}}
@@ -386,12 +401,12 @@ def answer_prompts(args, mine):
     batches = unfinished(batches, lambda p: read_if_sound(read_answer, args, p))
     if not batches:
         return
-    device, dtype = pick_device()
+    device, dtype = pick_device(args.dtype)
     model, processor = load_vlm(args.vlm, device, dtype, **vlm_options(args))
     for batch in progress(batches, "answer"):
         began = time.time()
         conversations = [context_messages(context_parts(args, p), INSTRUCTION) for p in batch]
-        inputs = encode_messages(processor, conversations).to(device)
+        inputs = encode_messages(processor, conversations, number_images=True).to(device)
         # tokens (B, N), features (B, N, d_vlm), lengths (B,): tokens before EOS
         tokens, features, lengths = generate_with_features(
             model, inputs, args.max_new_tokens, ignore_eos=False, do_sample=False)
@@ -436,14 +451,14 @@ def draw_images(args, method, batches, pipe, aligner):
     for batch in progress(batches, f"draw {method}"):
         began = time.time()
         if method == "oracle":
-            answers = [(None, oracle_text(p), 0.0) for p in batch]
+            answers = [(None, oracle_text(p.answer), 0.0) for p in batch]
         else:
             answers = [read_answer(args, p) for p in batch]
         if method == "thinkdiff":
             x = torch.stack([features for features, _, _ in answers])
             with torch.no_grad():
                 # (B, n, d_vlm) -> (B, n, d_t5)
-                embeds = aligner(x.to(*pick_device()))
+                embeds = aligner(x.to(*pick_device(args.dtype)))
         else:
             # (B, t5_length, d_t5)
             embeds = t5_embeds(pipe, [text for _, text, _ in answers], args.t5_length)
@@ -457,7 +472,7 @@ def draw_images(args, method, batches, pipe, aligner):
             file = image_file(args, method, p)
             write_atomically(file, functools.partial(image.save, format="JPEG", quality=95))
             write_json(file.with_suffix(".json"), {
-                "description": text, "text_inputs": p.words,
+                "description": text, "text_inputs": [f"{word}: " for word in p.words],
                 "time": round(vlm_seconds + seconds, 3),
                 "image_inputs": [str(args.images / name) for name in p.pictures]})
 
@@ -478,7 +493,7 @@ def generate(args):
     if "vlm_features" in all_settings:
         args.d_vlm = feature_width(args.vlm)
     if "thinkdiff" in args.method:
-        aligner = load_aligner(args.aligner, args.d_vlm, d_t5).to(*pick_device())
+        aligner = load_aligner(args.aligner, args.d_vlm, d_t5).to(*pick_device(args.dtype))
     check_settings(args, all_settings)
     if "vlm_features" in all_settings:
         answer_prompts(args, mine)
@@ -488,33 +503,43 @@ def generate(args):
         return
     # T5's encoder is for texts and for the empty prompt of classifier-free guidance
     t5_encoder = args.true_cfg > 1 or set(args.method) != {"thinkdiff"}
-    pipe = load_flux(args.flux, *pick_device(), t5_encoder=t5_encoder, **options)
+    pipe = load_flux(args.flux, *pick_device(args.dtype), t5_encoder=t5_encoder, **options)
     for method, batches in work.items():
         draw_images(args, method, batches, pipe, aligner)
 
 
 # ---------------------------------------------------------------- judge
-# of an answer, usually one number: a higher limit costs nothing unless the judge rambles
-JUDGE_TOKENS = 32
+# CoBSAT's limit for an answer, which is usually one number
+JUDGE_TOKENS = 512
+# begins LLaVA-1.5's conversations; its chat template on the hub leaves it out
+LLAVA_SYSTEM = ("A chat between a curious human and an artificial intelligence assistant. The "
+                "assistant gives helpful, detailed, and polite answers to the human's questions.")
 
 
 def load_vlm_judge(path, device, dtype):
-    """CoBSAT's judge: a function (B PIL images, B answers) -> B x {"detail", "object"}, the texts
-    of its greedy answers to the two questions."""
-    model = pretrained_model(AutoModelForImageTextToText, path, dtype=dtype)
-    model.to(device).eval()
+    """CoBSAT's judge: a function (B PIL images or descriptions, B answers, source of the task) ->
+    B x {"detail", "object"}, the texts of its greedy answers to the two questions."""
+    model = pretrained_model(AutoModelForImageTextToText, path, dtype=dtype, device_map=device)
+    model.eval()
     processor = pretrained(AutoProcessor, path)
     processor.tokenizer.padding_side = "left"
+    is_llava = model.config.model_type == "llava"
+    system = {"role": "system", "content": [{"type": "text", "text": LLAVA_SYSTEM}]}
 
     @torch.no_grad()
-    def answer_batch(images, answers):
-        said = [{} for _ in images]
+    def answer_batch(shown, answers, _):
+        said = [{} for _ in shown]
         for key, about_noun in (("detail", False), ("object", True)):
             conversations = []
-            for image, (detail, _, _) in zip(images, answers, strict=True):
-                question = {"type": "text", "text": judge_question(detail, about_noun)}
-                content = [{"type": "image", "image": image}, question]
-                conversations.append([{"role": "user", "content": content}])
+            for item, (detail, _, _) in zip(shown, answers, strict=True):
+                is_text = isinstance(item, str)
+                question = judge_question(detail, about_noun, item if is_text else None)
+                if not is_llava:
+                    # with two spaces, 4 of 500 answers of the miniature's VLM are others
+                    question = question.replace(":  (1)", ": (1)")
+                content = [{"type": "image", "image": item}] * (not is_text)
+                content += [{"type": "text", "text": question}]
+                conversations.append([system] * is_llava + [{"role": "user", "content": content}])
             # input_ids (B, P), padded on the left
             inputs = encode_messages(processor, conversations).to(device, dtype)
             tokens = model.generate(**inputs, max_new_tokens=JUDGE_TOKENS, do_sample=False,
@@ -527,31 +552,36 @@ def load_vlm_judge(path, device, dtype):
     return answer_batch
 
 
-def load_clip_judge(path, device, dtype):
+def load_clip_judge(path, device, _):
     """CoBSAT's CLIP judge, called like load_vlm_judge's; it answers with the options' numbers and
-    the "similarity" (cosine) to "{value} {noun}"."""
-    model = pretrained_model(CLIPModel, path, dtype=dtype).to(device).eval()
+    the "similarity" to "{value} {noun}": cosine times CLIP's logit scale, at least 0."""
+    # fp32, as CoBSAT's: bf16 would round the logit scale by 1 %
+    model = pretrained_model(CLIPModel, path, dtype=torch.float32, device_map=device)
+    model.eval()
     processor = pretrained(CLIPProcessor, path)
 
     @functools.cache
     def embed_texts(*texts):
         inputs = processor(text=list(texts), padding=True, return_tensors="pt").to(device)
         # (texts, d_clip)
-        return normalize(model.get_text_features(**inputs).pooler_output.float(), dim=-1)
+        return normalize(model.get_text_features(**inputs).pooler_output, dim=-1)
 
     def best_option(x, labels):
         return str(1 + (embed_texts(*labels) @ x).argmax().item())
 
     @torch.no_grad()
-    def answer_batch(images, answers):
-        inputs = processor(images=images, return_tensors="pt").to(device, dtype)
+    def answer_batch(images, answers, source):
+        # the prompt's words are shown words, what its images share is a label
+        shown = shown_word if source and TASKS[source[2]].words_give_detail else str
+        inputs = processor(images=images, return_tensors="pt").to(device)
         # (B, d_clip)
-        embeds = normalize(model.get_image_features(**inputs).pooler_output.float(), dim=-1)
+        embeds = normalize(model.get_image_features(**inputs).pooler_output, dim=-1)
         if not embeds.isfinite().all():
             raise UserError(f"{path} gives numbers that are not finite: download it again")
         said = []
         for x, (detail, value, noun) in zip(embeds, answers, strict=True):
-            similarity = (embed_texts(f"{value} {noun}") @ x).item()
+            cosine = embed_texts(f"{shown(value)} {noun}") @ x
+            similarity = (cosine * model.logit_scale.exp()).clamp(min=0).item()
             said.append({"detail": best_option(x, DETAILS[detail]),
                          "object": best_option(x, NOUNS[detail]),
                          "similarity": round(similarity, 4)})
@@ -559,11 +589,11 @@ def load_clip_judge(path, device, dtype):
     return answer_batch
 
 
-LOAD_JUDGE = {"vlm": load_vlm_judge, "clip": load_clip_judge}
-JUDGES = list(LOAD_JUDGE)
+LOAD_JUDGE = {"vlm": load_vlm_judge, "clip": load_clip_judge, "text": load_vlm_judge}
+JUDGES = ["vlm", "clip"]
 # of a verdict that is no error
-ANSWERS = {"vlm": {"detail": str, "object": str},
-           "clip": {"detail": str, "object": str, "similarity": float}}
+ANSWERS = dict.fromkeys(LOAD_JUDGE, {"detail": str, "object": str})
+ANSWERS["clip"] = ANSWERS["clip"] | {"similarity": float}
 
 
 class JudgingTask(NamedTuple):
@@ -599,7 +629,7 @@ def judging_tasks(args):
 
 
 def read_verdicts(args, task):
-    """{judge: {name: verdict}}; a verdict holds the hash of the image file ("file") and "detail"
+    """{judge: {name: verdict}}; a verdict holds the hash of what was judged ("file") and "detail"
     and "object", the judge's answers, or "error"."""
     read = {name: read_object(args.out / "verdicts" / name / task.verdict_file)
             for name in args.judge}
@@ -615,37 +645,49 @@ def is_verdict(verdict, judge):
     return all(isinstance(verdict.get(name), kind) for name, kind in fields.items())
 
 
-def read_image(path):
-    """(verdict without answers, PIL image); a missing or broken image is None and an "error"."""
+def read_item(judge, source, path, answer, decode=True):
+    """(verdict without answers, what the judge is shown: a PIL image, or for `text` the description
+    beside it); what is missing or broken is None and an "error"."""
+    if judge == "text" and source:
+        path = path.with_suffix(".json")
     verdict = {"file": None}
     if not path.is_file():
         return {**verdict, "error": "missing"}, None
     try:
         data = path.read_bytes()
         verdict["file"] = hashlib.blake2b(data, digest_size=8).hexdigest()
-        return verdict, open_image(data, path)
+        if not decode:
+            return verdict, None
+        if judge != "text":
+            return verdict, open_image(data, path)
+        text = oracle_text(answer)
+        if source:
+            text = read_json(path, {"description": str})["description"]
+        return verdict, text.encode(errors="replace").decode()
     except (OSError, UserError) as error:
         return {**verdict, "error": str(error)}, None
 
 
-def judge_batch(task, batch, verdicts, load):
-    """New verdicts on a batch of task.items; {} if `verdicts` are about the same image files.
+def judge_batch(judge, task, batch, verdicts, load):
+    """New verdicts on a batch of task.items; {} if `verdicts` are about the same content.
 
-    They are compared by hash, so that an image that was replaced, repaired or deleted since is
+    It is compared by hash, so that an image that was replaced, repaired or deleted since is
     judged again, whatever its date. load() returns the judge."""
-    new, images, readable = {}, [], []
-    for name, path, answer in batch:
-        new[name], image = read_image(path)
-        if image:
-            images.append(image)
-            readable.append((name, answer))
+    # decoding takes longer than all the rest
+    if all(verdicts.get(name, {}).get("file", 0)
+           == read_item(judge, task.source, *item, decode=False)[0]["file"]
+           for name, *item in batch):
+        return {}
+    new, readable = {}, []
+    for name, *item in batch:
+        new[name], shown = read_item(judge, task.source, *item)
+        if "error" not in new[name]:
+            readable.append((name, shown, item[1]))
         elif not task.source:
             raise UserError(f"{new[name]['error']}: get it again from {HUB}")
-    if all(verdicts.get(name, {}).get("file", 0) == new[name]["file"] for name in new):
-        return {}
-    if images:
-        names, answers = zip(*readable, strict=True)
-        for name, said in zip(names, load()(images, answers), strict=True):
+    if readable:
+        names, shown, answers = zip(*readable, strict=True)
+        for name, said in zip(names, load()(shown, answers, task.source), strict=True):
             new[name].update(said)
     return new
 
@@ -654,11 +696,11 @@ def run_judge(args, name, path, tasks):
     """Writes one judge's verdicts; its model is loaded when the first new image is found."""
     @functools.cache
     def load():
-        return LOAD_JUDGE[name](path, *pick_device())
+        return LOAD_JUDGE[name](path, *pick_device(args.dtype))
     for task in progress(tasks, f"judge {name}"):
         verdicts = read_verdicts(args, task)[name]
         for batch in split_batches(task.items, args.batch_size):
-            new = judge_batch(task, batch, verdicts, load)
+            new = judge_batch(name, task, batch, verdicts, load)
             if new:
                 verdicts.update(new)
                 write_json(args.out / "verdicts" / name / task.verdict_file, verdicts)
@@ -666,7 +708,7 @@ def run_judge(args, name, path, tasks):
 
 def judge_paths(args):
     """{judge: its model} for --judge. Raises UserError if one is not there; loads configs alone."""
-    paths = {"vlm": args.judge_vlm, "clip": args.judge_clip}
+    paths = {"vlm": args.judge_vlm, "clip": args.judge_clip, "text": args.judge_vlm}
     return {name: paths[name] for name in args.judge if feature_width(paths[name])}
 
 
@@ -679,7 +721,8 @@ def judge(args):
     if rank == 0:
         tasks.insert(0, references)
     paths = judge_paths(args)
-    check_settings(args, {f"verdicts/{name}": {"model": fingerprint(path)}
+    # version 2: LLaVA is asked to the character, CLIP's similarity is a logit
+    check_settings(args, {f"verdicts/{name}": {"model": fingerprint(path), "version": 2}
                           for name, path in paths.items()})
     for name, path in paths.items():
         run_judge(args, name, path, tasks)
@@ -733,29 +776,21 @@ def result_row(source, name, answer, verdicts):
     return row
 
 
-def unjudged(args):
-    """[(verdict file, images without a verdict, images)] where there are such."""
-    gaps = []
-    for task in judging_tasks(args):
-        for judge, verdicts in read_verdicts(args, task).items():
-            left = sum(name not in verdicts for name, _, _ in task.items)
-            if left:
-                gaps.append((f"{judge}/{task.verdict_file}", left, len(task.items)))
-    return gaps
-
-
 def result_rows(args):
-    """(rows of results.csv, {judge: its accuracies on the reference images})."""
-    for file, left, n in unjudged(args):
-        raise UserError(f"{left} of {n} pictures are not judged in {args.out}/verdicts/{file}: run "
-                        "`python cobsat_eval.py judge` with the same --shots, --tasks, --limit and "
-                        "--judge first")
-    references, *tasks = judging_tasks(args)
-    accuracy = {judge: judge_accuracy(verdicts, references.items)
-                for judge, verdicts in read_verdicts(args, references).items()}
+    """(rows of results.csv, {judge: its accuracies on the reference images}).
+
+    Raises UserError if a verdict is missing."""
+    judged = [(task, read_verdicts(args, task)) for task in judging_tasks(args)]
+    for (task, verdicts), judge in itertools.product(judged, args.judge):
+        left, n = sum(name not in verdicts[judge] for name, _, _ in task.items), len(task.items)
+        if left:
+            raise UserError(f"{left} of {n} pictures are not judged in {args.out}/verdicts/{judge}/"
+                            f"{task.verdict_file}: run `python cobsat_eval.py judge` with the same "
+                            "--shots, --tasks, --limit and --judge first")
+    (references, verdicts), *judged = judged
+    accuracy = {judge: judge_accuracy(verdicts[judge], references.items) for judge in args.judge}
     rows = []
-    for task in tasks:
-        verdicts = read_verdicts(args, task)
+    for task, verdicts in judged:
         for name, _, answer in task.items:
             on_image = {judge: verdicts[judge][name] for judge in args.judge}
             rows.append(result_row(task.source, name, answer, on_image))
@@ -877,7 +912,8 @@ def make_tables(args, scores, accuracy):
     tables.append(("All metrics, mean over the tasks that were run [95 % interval]", [head, *rows]))
     rows = [["", *accuracy[args.judge[0]]]]
     for judge, shares in accuracy.items():
-        rows.append([f"{judge.upper()} judge", *(f"{share:.3f}" for share in shares.values())])
+        name = f"{judge.upper()} judge" + " on their true sentences" * (judge == "text")
+        rows.append([name, *(f"{share:.3f}" for share in shares.values())])
     tables.append(("The judges themselves on the 500 reference pictures", rows))
     return tables
 
@@ -970,7 +1006,7 @@ def write_report(args, rows, scores, tables):
                        for name in sorted({name for p in shown for name in p.pictures})},
     }
     # "<" could end the script element that holds the data
-    data = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")
+    data = json.dumps(data).replace("<", "\\u003c")
     page = (REPO / "cobsat_report.html").read_text(encoding="utf-8")
     write_atomically(args.out / "report.html", page.replace("@@DATA@@", data))
 
@@ -1006,16 +1042,15 @@ def write_contact_sheet(args, methods):
 
 # ---------------------------------------------------------------- command line
 def run_all(args):
-    """`run`: generate, judge and table; a rank goes on when the others have made what it needs."""
+    """`run`: generate, judge and table; each begins when all ranks have ended the one before."""
     judge_paths(args)
-    generate(args)
-    items = list(itertools.product(args.method, selected_prompts(args)))
-    wait_until(lambda: all(is_complete(args, method, p) for method, p in items))
     args.models = args.method
+    store = shared_store()
+    generate(args)
+    wait_for_all(store, "generate")
     judge(args)
-    if torchrun_ranks()[0] == 0:
-        wait_until(lambda: not unjudged(args))
-        table(args)
+    wait_for_all(store, "judge")
+    table(args)
 
 
 # {title: (subcommands, rows of add_flags)}
@@ -1039,13 +1074,15 @@ FLAGS = {
     "run": ("run generate judge", [
         ("--overwrite", bool, False, False, "delete what was made with other settings"),
         ("--batch-size", positive, 8, 32, "prompts or images computed together"),
+        DTYPE_FLAG,
     ]),
     "results": ("judge table", [
         ("--results", Path, Path("results/full"), Path("results/mini"), "folder of results"),
         ("--models", str, [], [], "methods or other projects' models; default: all there are"),
     ]),
     "judges": ("run judge table", [
-        ("--judge", tuple(JUDGES), JUDGES, JUDGES, "the first is the primary judge"),
+        ("--judge", tuple(LOAD_JUDGE), JUDGES, JUDGES, "the first is the primary judge; text: the "
+         "VLM judge reads the descriptions, CoBSAT's text mode, which the miniature cannot"),
     ]),
     "models of the judges": ("run judge", [
         ("--judge-vlm", str, MODELS["judge-vlm"], MINI["vlm"], "image-text-to-text model"),

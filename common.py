@@ -98,6 +98,8 @@ t5_length = number(int, 1, 512)
 
 # flag, type, full size, miniature, help
 T5_FLAG = ("--t5", str, MODELS["t5"], MINI["t5"], "path or hub name of a T5 encoder-decoder")
+DTYPE_FLAG = ("--dtype", ("auto", "float32", "bfloat16"), "auto", "auto",
+              "of the frozen models; auto: bfloat16 on a GPU that has it, else float32")
 MODEL_FLAGS = {
     "lvlm": [
         ("--vlm", str, MODELS["vlm"], MINI["vlm"], "path or hub name of a Qwen-VL"),
@@ -325,8 +327,9 @@ def pretrained(cls, path, **kwargs):
 def pretrained_model(cls, path, **kwargs):
     """A model of transformers; config and state_dict, if given, are used in place of the files.
 
-    Raises UserError if it cannot be loaded or if weights are missing or of other sizes than the
-    config says: transformers would make random ones."""
+    With device_map=device each tensor is read, converted and moved by itself: main memory never
+    holds the model. Raises UserError if it cannot be loaded or if weights are missing or of other
+    sizes than the config says: transformers would make random ones."""
     with loading(path):
         model, info = cls.from_pretrained(
             None if "state_dict" in kwargs else path, output_loading_info=True,
@@ -363,12 +366,11 @@ def weight_files(path, wanted):
         return sorted({file for name, file in shards.items() if wanted(name)})
 
 
-def part_weights(path, wanted, dtype=None):
-    """{name: tensor} of the tensors whose names wanted(name) accepts, on the CPU.
+def part_weights(path, wanted):
+    """{name: unread tensor} of those whose names wanted(name) accepts, for pretrained_model.
 
-    Only the shards that hold one are fetched and read. Each tensor is converted to `dtype` (None:
-    as stored) as it is read, so that no more memory is needed than the result takes. path: folder
-    or hub name. Raises UserError if the model cannot be loaded or has no safetensors."""
+    Only the shards that hold one are fetched. path: folder or hub name. Raises UserError if the
+    model cannot be loaded or has no safetensors."""
     weights, files = {}, weight_files(path, wanted)
     with loading(path):
         pickles = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -378,11 +380,8 @@ def part_weights(path, wanted, dtype=None):
                     f"{path} has only pytorch_model.bin, a pickle of which no part can be read: "
                     "load it once with transformers, `save_pretrained` it and give that folder")
         for file in files:
-            with safe_open(cached_file(path, file), "pt") as tensors:
-                for name in filter(wanted, tensors.keys()):
-                    tensor = tensors.get_tensor(name)
-                    convert = dtype and tensor.is_floating_point()
-                    weights[name] = tensor.to(dtype) if convert else tensor
+            tensors = safe_open(cached_file(path, file), "pt")
+            weights |= {name: tensors.get_slice(name) for name in filter(wanted, tensors.keys())}
     return weights
 
 
@@ -393,17 +392,23 @@ def torchrun_ranks():
     return tuple(int(os.environ.get(name, default)) for name, default in names)
 
 
-def pick_device():
-    """(device, dtype): this process's GPU in bf16 (fp32 if it has no bf16), or the CPU in fp32."""
+def pick_device(dtype="auto"):
+    """(device, dtype): this process's GPU in bf16 (fp32 if it has no bf16), or the CPU in fp32.
+
+    Without CUDA, Apple's GPU in bf16 (mps; never tried). dtype: of DTYPE_FLAG; wins if not auto."""
     if not torch.cuda.is_available():
-        return torch.device("cpu"), torch.float32
+        has_mps = torch.backends.mps.is_available()
+        device, best = ("mps", torch.bfloat16) if has_mps else ("cpu", torch.float32)
+        return torch.device(device), best if dtype == "auto" else getattr(torch, dtype)
     local_rank = torchrun_ranks()[2]
     if local_rank >= torch.cuda.device_count():
         n_gpus = torch.cuda.device_count()
         raise UserError(f"process {local_rank} has no GPU: use torchrun --nproc_per_node {n_gpus}")
     torch.cuda.set_device(local_rank)
-    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.device("cuda", local_rank), torch.bfloat16 if has_bf16 else torch.float32
+    if dtype == "auto":
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = "bfloat16" if has_bf16 else "float32"
+    return torch.device("cuda", local_rank), getattr(torch, dtype)
 
 
 def to_device(tensors, device):
@@ -413,14 +418,21 @@ def to_device(tensors, device):
     return [t if t.is_cuda else t.pin_memory().to(device, non_blocking=True) for t in tensors]
 
 
+def shared_store():
+    """The key-value store of the processes that torchrun has started; of one process its own."""
+    if torchrun_ranks()[1] == 1:
+        return dist.HashStore()
+    # all attempts of torchrun share a store, where those that have ended left their addresses
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(attempt, next(dist.rendezvous("env://"))[0])
+
+
 def start_processes(device):
     """Connects the processes that torchrun has started; nothing to do for one process."""
-    if torchrun_ranks()[1] > 1:
-        store, rank, world = next(dist.rendezvous("env://"))
-        # all attempts of torchrun share a store, where those that have ended left their addresses
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    rank, world, _ = torchrun_ranks()
+    if world > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+        dist.init_process_group(backend, store=shared_store(), rank=rank, world_size=world)
 
 
 def sum_over_processes(*tensors):

@@ -5,13 +5,17 @@ import contextlib
 import hashlib
 import io
 import json
+import multiprocessing
 import os
 import re
+import signal
 import stat
 import tarfile
+import tempfile
 import threading
 import warnings
 import zlib
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -141,45 +145,48 @@ def to_8_bit(image, data):
     return image.convert("RGBA" if image.has_transparency_data else "RGB")
 
 
-def decode(data, max_side):
+def decode(data, max_side, exact):
     """What open_image returns, from bytes. Decoders raise OSError, SyntaxError, ValueError, ..."""
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             pixels = image.width * image.height
             # JPEG only: decodes at a fraction of the size
-            image.draft(None, (max_side, max_side))
+            longer = max(*image.size, max_side)
+            image.draft(None, [side * max_side // longer or 1 for side in image.size])
             # a progressive one takes the memory of the whole all the same
             if "progressive" not in image.info:
                 pixels = image.width * image.height
             with LARGE if pixels > LARGE_PIXELS else contextlib.nullcontext():
                 image.load()
                 image = to_8_bit(image, data)
-                image.thumbnail((max_side, max_side))
+                if exact or max(image.size) > 2 * max_side:
+                    image.thumbnail((max_side, max_side))
                 with contextlib.suppress(Exception):
                     ImageOps.exif_transpose(image, in_place=True)
                 if image.mode in ("LA", "RGBA"):
                     white = Image.new("RGBA", image.size, "white")
                     image = Image.alpha_composite(white, image.convert("RGBA"))
-                return image.convert("RGB")
+                # convert would copy an RGB image
+                return image if image.mode == "RGB" else image.convert("RGB")
     except Exception:
         plain = without_metadata(data)
         if plain == data:
             raise
-        return decode(plain, max_side)
+        return decode(plain, max_side, exact)
 
 
-def open_image(source, name=None, max_side=4096):
+def open_image(source, name=None, max_side=4096, exact=True):
     """The PIL RGB image in a path, ImageRef, bytes or binary file: upright (EXIF), transparency
     on white, more than 8 bits scaled to 8, its longer side at most max_side pixels.
 
-    Raises UserError with `name` (default: the path) if it cannot be decoded in full or is a
-    strip."""
+    exact=False: at most twice max_side, for callers that resize it once more. Raises UserError
+    with `name` (default: the path) if it cannot be decoded in full or is a strip."""
     if isinstance(source, (str, os.PathLike)):
         source = ImageRef(os.fspath(source))
     if name is None:
         name = source.key if isinstance(source, ImageRef) else "the picture"
     try:
-        image = decode(source if isinstance(source, bytes) else source.read(), max_side)
+        image = decode(source if isinstance(source, bytes) else source.read(), max_side, exact)
     except Exception as error:
         if isinstance(error, UnidentifiedImageError):
             reason = "it is empty or no picture"
@@ -192,9 +199,9 @@ def open_image(source, name=None, max_side=4096):
     return image
 
 
-def load_image(ref, max_side):
+def load_image(ref, max_side, exact=True):
     """The image of an ImageRef as open_image returns it. Raises UserError if it is unreadable."""
-    return open_image(ref, max_side=max_side)
+    return open_image(ref, max_side=max_side, exact=exact)
 
 
 # ---------------------------------------------------------------- finding
@@ -288,12 +295,45 @@ def index_tar(path, skipped, faults):
     return refs
 
 
-def find_files(sources, skipped, faults):
-    """Yields [ImageRef] of the images and captions of each tar, and of each image that is a file,
-    in files, folders (recursively; links are followed), and brace patterns of these.
+def start_worker():
+    """In a process of index_tars: Ctrl-C, and the end of its parent, end it silently."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: os._exit(parent.join() or 1), daemon=True).start()
 
-    Appends (name, reason) to skipped for images that cannot be used, and to faults for damaged
-    tars and ignored archives. Raises UserError if a source does not exist or there is no image."""
+
+def use_tar(path, use):
+    """(use([ImageRef] of index_tar), skipped, faults)."""
+    refs, skipped, faults = [], [], []
+    try:
+        refs = index_tar(path, skipped, faults)
+    except OSError as error:
+        faults.append((path, f"cannot read it: {error.strerror}"))
+    return use(refs), skipped, faults
+
+
+def index_tars(use, paths):
+    """Yields use_tar(path, use) of each path, in their order, from processes on all cores."""
+    if len(paths) < 8:
+        yield from (use_tar(path, use) for path in paths)
+        return
+    # spawned ones would load torch first; these only read files
+    fork = multiprocessing.get_context("fork")
+    try:
+        with ProcessPoolExecutor(min(os.cpu_count(), len(paths)), fork, start_worker) as pool:
+            yield from pool.map(use_tar, paths, [use] * len(paths))
+    except BrokenExecutor:
+        raise UserError("a process that read tars was killed: is there enough memory?") from None
+
+
+def find_files(sources, skipped, faults, use):
+    """Yields (path, use([ImageRef])) of the images and captions of each tar, and of each image that
+    is a file, in files, folders (recursively; links are followed), and brace patterns of these.
+
+    use, which other processes call: returns a list, an item for each image. Appends (name, reason)
+    to skipped for images that cannot be used, and to faults for damaged tars and ignored archives.
+    Raises UserError if a source does not exist or there is no image."""
     paths = [os.path.abspath(path) for source in sources for path in expand_braces(source)]
     missing = [path for path in paths if not os.path.exists(path)]
     if missing:
@@ -317,41 +357,46 @@ def find_files(sources, skipped, faults):
             known.add(os.path.realpath(folder))
             found += [os.path.join(folder, name) for name in names]
         files.update(dict.fromkeys(sorted(found)))
+    tars = {path: 0 for path in files if file_suffix(path) == ".tar" and os.path.isfile(path)}
+    indexed = index_tars(use, tars)
     for path in tqdm(files, desc="indexing", unit=" files", leave=False, disable=None):
-        suffix, refs = file_suffix(path), []
-        if suffix in COMPRESSED:
+        suffix, found = file_suffix(path), []
+        if path in tars:
+            found, more_skipped, more_faults = next(indexed)
+            skipped += more_skipped
+            faults += more_faults
+        elif suffix in COMPRESSED:
             faults.append((path, "compressed: unpack it first"))
         elif suffix != ".tar" and suffix not in SUFFIXES:
             faults += [(path, "it is neither a picture nor a tar")] if path in given else []
         elif not os.path.isfile(path):
             skipped.append((path, "it is no regular file, or a link that leads nowhere"))
-        elif suffix == ".tar":
-            try:
-                refs = index_tar(path, skipped, faults)
-            except OSError as error:
-                faults.append((path, f"cannot read it: {error.strerror}"))
         else:
-            refs = [ImageRef(path)]
-        n_found += sum(file_suffix(ref.key) in SUFFIXES for ref in refs)
-        yield refs
+            found = use([ImageRef(path)])
+        n_found += len(found)
+        yield path, found
     if not n_found:
         reasons = "".join(f"; {path}: {reason}" for path, reason in (faults + skipped)[:1])
         raise UserError(f"no pictures in {' '.join(sources)}: expected .jpg, .png and what else "
                         f"Pillow reads, or .tar files of them{reasons}")
 
 
+def pictures(refs):
+    """Those of find_files' refs that are images."""
+    return [ref for ref in refs if file_suffix(ref.key) in SUFFIXES]
+
+
 def find_images(sources):
     """[ImageRef] of all images in the sources, in a fixed order; [(name, reason)] of those that
     cannot be used; [(path, fault)] of damaged tars and ignored archives. See find_files."""
     skipped, faults = [], []
-    refs = [ref for refs in find_files(sources, skipped, faults) for ref in refs
-            if file_suffix(ref.key) in SUFFIXES]
+    refs = [ref for _, found in find_files(sources, skipped, faults, pictures) for ref in found]
     return refs, skipped, faults
 
 
 def pair_captions(refs):
-    """Pairs (image, its caption or why it has none) of what find_files yields at a time."""
-    named = {}
+    """For each image of find_files' refs its line in the index, or (name, why it has none)."""
+    found, named = [], {}
     for ref in refs:
         stem, suffix = os.path.splitext(ref.member or ref.path)
         named.setdefault((stem, suffix.lower()), []).append(ref)
@@ -365,9 +410,10 @@ def pair_captions(refs):
             name = os.path.basename(stem)
             reason = (f"{len(images)} pictures, but {len(captions)} captions have this name"
                       if captions else f"no caption: neither {name}.txt nor {name}.json beside it")
-            captions = [reason] * len(images)
-        if suffix not in CAPTIONS:
-            yield from zip(images, captions, strict=True)
+            found += [(image.key, reason) for image in images if suffix not in CAPTIONS]
+        elif suffix not in CAPTIONS:
+            found += [json.dumps(pair) + "\n" for pair in zip(images, captions, strict=True)]
+    return found
 
 
 def index_captions(sources, index):
@@ -377,26 +423,34 @@ def index_captions(sources, index):
     Its first line is {"sources", "tars": {path: size}, "hash": BLAKE2b of the other lines}, each
     other line a JSON pair [image, caption] of ImageRefs. Images without a caption, and damaged
     tars, are listed in skipped.csv beside it."""
-    lines, tars, skipped, faults = [], set(), [], []
-    for refs in find_files(sources, skipped, faults):
-        tars.update(ref.path for ref in refs if ref.member)
-        for image, caption in pair_captions(refs):
-            if isinstance(caption, str):
-                skipped.append((image.key, caption))
-            else:
-                lines.append(json.dumps([image, caption]) + "\n")
-    n_found = len(lines) + len(skipped)
-    if not lines:
-        raise UserError(f"none of the {n_found} pictures in {' '.join(sources)} has a caption: "
-                        "expected KEY.txt or KEY.json beside KEY.jpg")
-    table = index.with_name("skipped.csv")
-    if skipped or faults:
-        write_csv(table, ("picture", "reason"), faults + skipped)
-    print(f"found {n_found} pictures = {len(lines)} pairs + {len(skipped)} skipped"
-          + f"; {len(faults)} faults in tars" * bool(faults)
-          + f" (see {table})" * bool(skipped or faults))
-    body = "".join(lines)
-    head = {"sources": [os.path.abspath(source) for source in sources],
-            "tars": {path: os.path.getsize(path) for path in sorted(tars)},
-            "hash": hashlib.blake2b(body.encode()).hexdigest()}
-    write_atomically(index, f"{json.dumps(head)}\n{body}")
+    tars, skipped, faults, n_pairs, hash = {}, [], [], 0, hashlib.blake2b()
+    index.parent.mkdir(parents=True, exist_ok=True)
+    # the lines, before the head is known
+    with tempfile.TemporaryFile(dir=index.parent) as body:
+        for path, found in find_files(sources, skipped, faults, pair_captions):
+            lines = "".join(item for item in found if isinstance(item, str)).encode()
+            skipped += [item for item in found if not isinstance(item, str)]
+            n_pairs += lines.count(b"\n")
+            hash.update(lines)
+            body.write(lines)
+            if found and file_suffix(path) == ".tar":
+                tars[path] = os.path.getsize(path)
+        n_found = n_pairs + len(skipped)
+        if not n_pairs:
+            raise UserError(f"none of the {n_found} pictures in {' '.join(sources)} has a caption: "
+                            "expected KEY.txt or KEY.json beside KEY.jpg")
+        table = index.with_name("skipped.csv")
+        if skipped or faults:
+            write_csv(table, ("picture", "reason"), faults + skipped)
+        print(f"found {n_found} pictures = {n_pairs} pairs + {len(skipped)} skipped"
+              + f"; {len(faults)} faults in tars" * bool(faults)
+              + f" (see {table})" * bool(skipped or faults))
+        head = {"sources": [os.path.abspath(source) for source in sources],
+                "tars": dict(sorted(tars.items())), "hash": hash.hexdigest()}
+
+        def write(temporary):
+            with open(temporary, "wb") as file:
+                file.write(json.dumps(head).encode() + b"\n")
+                body.seek(0)
+                file.writelines(body)
+        write_atomically(index, write)

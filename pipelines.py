@@ -142,8 +142,9 @@ def load_pipeline(kind, path, device, dtype, offload=False, quantize=False, comp
     """The diffusers pipeline of class `kind` with pipeline_options. parts: NAME=None omits one."""
     import diffusers
     for name in TEXT_ENCODERS[kind].keys() - parts.keys():
-        parts[name] = common.pretrained_model(TEXT_ENCODERS[kind][name], path, subfolder=name,
-                                              dtype=dtype)
+        parts[name] = common.pretrained_model(
+            TEXT_ENCODERS[kind][name], path, subfolder=name, dtype=dtype,
+            device_map="cpu" if offload else device)
     if quantize:
         transformer = diffusers.TorchAoConfig(int8_weights())
         parts["quantization_config"] = diffusers.PipelineQuantizationConfig(
@@ -249,10 +250,10 @@ def generate_videos(pipe, prompt_embeds, seeds, size, frames, steps, guidance):
 def text_length(pipe, n_image_tokens, text, args):
     """Number of T5 tokens that the text of a prompt is padded to, behind the images' tokens.
 
-    FLUX: --t5-length, 0 without text. CogVideoX: what the images leave of its 226 (appendix D);
-    raises UserError if they leave nothing."""
+    FLUX: --t5-length; without text and with --empty-text none 0. CogVideoX: what the images leave
+    of its 226 (appendix D); raises UserError if they leave nothing."""
     if not is_video(args):
-        return args.t5_length if text else 0
+        return args.t5_length if text or args.empty_text == "pad" else 0
     longest = pipe.transformer.config.max_text_seq_length
     if n_image_tokens >= longest:
         raise UserError(f"the pictures are {n_image_tokens} tokens, but {args.cogvideox} reads "

@@ -48,6 +48,7 @@ from training_data import digest, read_shards
 # flag, type, full size, miniature, [source] and meaning
 FLAGS = {"method": [
     ("--vlm", str, MODELS["vlm"], MINI["vlm"], "[paper] path or hub name of a Qwen-VL"),
+    common.DTYPE_FLAG,
     # the miniature's answers are short
     ("--tokens", common.count, 64, 40, "[paper, appendix B] tokens an image, EOS ignored"),
     ("--temperature", number(float, 0, above=True), 0.6, 0.6, "[release] of the sampling"),
@@ -67,22 +68,26 @@ FLAGS = {"method": [
     ("--batch-size", positive, 32, 128, "images in one forward pass"),
     ("--shard-size", positive, 512, 512,
      "samples a file (235 MB at full size); an interruption loses at most so many"),
-    ("--workers", positive, 4, 4, "threads that decode images ahead"),
+    ("--workers", positive, 4, 4, "threads that decode and preprocess images ahead"),
 ]}
 
 
 # ---------------------------------------------------------------- backends
 def load_transformers(args):
-    """Returns describe(conversations, seeds, tokens), a function of B conversations.
+    """Returns encode(conversation), which threads may call, and describe(B of its results, seeds,
+    tokens).
 
-    It generates tokens (B, N) int64 unless they are given, and returns them with the features:
-    B tensors bf16, (N, d_vlm) or with --features input (P, d_vlm); B times None if
+    describe generates tokens (B, N) int64 unless they are given, and returns them with the
+    features: B tensors bf16, (N, d_vlm) or with --features input (P, d_vlm); B times None if
     --tokens-only. All on the CPU."""
-    device, dtype = common.pick_device()
+    device, dtype = common.pick_device(args.dtype)
     model, processor = models.load_vlm(args.vlm, device, dtype)
 
-    def describe(conversations, seeds, tokens=None):
-        inputs = models.encode_messages(processor, conversations).to(device)
+    def encode(messages):
+        return models.encode_messages(processor, [messages]).to(dtype)
+
+    def describe(encoded, seeds, tokens=None):
+        inputs = models.join_inputs(encoded, processor.tokenizer.pad_token_id, device)
         features = None
         if tokens is None:
             tokens, features, _ = generate_with_features(
@@ -96,7 +101,7 @@ def load_transformers(args):
             features = models.teacher_forced_features(model, inputs, tokens.to(device))
         return tokens.cpu(), [x.to("cpu", torch.bfloat16) for x in features]
 
-    return describe
+    return encode, describe
 
 
 def load_vllm(args):
@@ -122,21 +127,20 @@ def load_vllm(args):
     # placeholders of images are no words
     bias = {config.image_token_id: -100.0, config.video_token_id: -100.0}
 
-    def describe(conversations, seeds, tokens=None):
-        requests, params = [], []
-        for messages, seed in zip(conversations, seeds, strict=True):
-            text = processor.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True)
-            image = messages[0]["content"][0]["image"]
-            requests.append({"prompt": text, "multi_modal_data": {"image": image}})
-            params.append(SamplingParams(
-                temperature=args.temperature, top_p=args.top_p, max_tokens=args.tokens,
-                ignore_eos=True, seed=seed, logit_bias=bias, detokenize=False))
+    def encode(messages):
+        text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        image = messages[0]["content"][0]["image"]
+        return {"prompt": text, "multi_modal_data": {"image": image}}
+
+    def describe(requests, seeds, tokens=None):
+        params = [SamplingParams(
+            temperature=args.temperature, top_p=args.top_p, max_tokens=args.tokens,
+            ignore_eos=True, seed=seed, logit_bias=bias, detokenize=False) for seed in seeds]
         answers = llm.generate(requests, params, use_tqdm=False)
         tokens = torch.tensor([answer.outputs[0].token_ids for answer in answers])  # (B, N)
         return tokens, [None] * len(tokens)
 
-    return describe
+    return encode, describe
 
 
 # ---------------------------------------------------------------- plan and shards
@@ -328,13 +332,19 @@ def summarise(out, meta, plan, with_tokens):
 
 
 # ---------------------------------------------------------------- lvlm
-def load_batches(args, plan, indices):
-    """Yields [(index, image or UserError)], while the next batch is decoded in the background."""
+def load_batches(args, plan, indices, encode):
+    """Yields [(record for write_shard, what encode returns, or None for a skipped image)]; threads
+    decode and encode the next batch meanwhile."""
     def load(index):
+        ref = plan[index]
+        prompt = ref.random(args.seed, "prompt") % len(PROMPTS)
         try:
-            return index, load_image(plan[index], args.max_side)
+            image = load_image(ref, args.max_side)
         except UserError as error:
-            return index, error
+            tqdm.write(f"skipped: {error}", file=sys.stderr)
+            return {"index": index, "key": ref.key, "reason": str(error)}, None
+        record = {"index": index, "prompt": prompt, "sample": ref}
+        return record, encode(caption_messages(image, prompt))
 
     with ThreadPoolExecutor(args.workers) as pool:
         coming = []
@@ -345,54 +355,51 @@ def load_batches(args, plan, indices):
                 yield [future.result() for future in ready]
 
 
-def describe_batch(args, describe, plan, batch, tokens):
-    """The samples, as write_shard takes them, of [(index, image)]; tokens (B, N) or None."""
-    records, conversations, seeds = [], [], []
-    for index, image in batch:
-        prompt = plan[index].random(args.seed, "prompt") % len(PROMPTS)
-        records.append({"index": index, "prompt": prompt, "sample": plan[index]})
-        conversations.append(caption_messages(image, prompt))
-        seeds.append(plan[index].random(args.seed, "tokens"))
-    tokens, features = describe(conversations, seeds, tokens)
+def describe_batch(args, describe, batch, known):
+    """The samples, as write_shard takes them, of [(record, encoded)]."""
+    records, encoded = zip(*batch, strict=True)
+    seeds = [record["sample"].random(args.seed, "tokens") for record in records]
+    tokens = None
+    if records[0]["index"] in known:
+        tokens = torch.stack([known[record["index"]] for record in records]).long()  # (B, N)
+    tokens, features = describe(encoded, seeds, tokens)
     return list(zip(records, tokens, features, strict=True))
 
 
 def describe_images(args, plan, todo, kind):
     """Describes the images of these indices in the plan and writes the shards."""
-    describe = load_vllm(args) if args.backend == "vllm" else load_transformers(args)
+    encode, describe = (load_vllm if args.backend == "vllm" else load_transformers)(args)
     if args.backend == "vllm":
         # it forms its own batches, the better the more it can choose from
         args.batch_size = args.shard_size
     known = load_tokens(args.out)
     first = [index for index in todo if index in known]
     rest = [index for index in todo if index not in known]
-    samples, skipped, n_left = [], [], len(todo)
+    samples, skipped, n_left, writing = [], [], len(todo), None
     bar = tqdm(total=len(todo), unit=" samples", desc="describing", smoothing=0.05,
                disable=torchrun_ranks()[0] != 0)
     # apart, because a batch is either generated or read
-    batches = itertools.chain(load_batches(args, plan, first), load_batches(args, plan, rest))
-    for loaded in batches:
-        batch, tokens = [], None
-        for index, image in loaded:
-            if isinstance(image, UserError):
-                tqdm.write(f"skipped: {image}", file=sys.stderr)
-                key, reason = plan[index].key, str(image)
-                skipped.append({"index": index, "key": key, "reason": reason})
-            else:
-                batch.append((index, image))
-        if batch:
-            if batch[0][0] in known:
-                tokens = torch.stack([known[index] for index, _ in batch]).long()  # (B, N)
-            samples += describe_batch(args, describe, plan, batch, tokens)
-        bar.update(len(loaded))
-        n_left -= len(loaded)
-        if not n_left or len(samples) + len(skipped) >= args.shard_size:
+    batches = itertools.chain(*(load_batches(args, plan, part, encode) for part in (first, rest)))
+    with ThreadPoolExecutor(1) as writer:
+        for loaded in batches:
+            batch = [(record, encoded) for record, encoded in loaded if encoded]
+            skipped += [record for record, encoded in loaded if not encoded]
+            if batch:
+                samples += describe_batch(args, describe, batch, known)
+            bar.update(len(loaded))
+            n_left -= len(loaded)
+            if n_left and len(samples) + len(skipped) < args.shard_size:
+                continue
             # a disk that has gone is no reason to skip its pictures
             if skipped and not any(os.path.exists(ref.path) for ref in plan):
                 raise UserError(f"none of the pictures in {args.out}/plan.jsonl is there any more: "
                                 "is the disk?")
-            write_shard(args, kind, samples, skipped)
+            # one shard at a time, and its errors before the next one
+            if writing:
+                writing.result()
+            writing = writer.submit(write_shard, args, kind, samples, skipped)
             samples, skipped = [], []
+        writing.result()
     bar.close()
 
 

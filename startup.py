@@ -2,6 +2,7 @@
 ends it without a traceback. The scripts import this first; elsewhere the import does nothing."""
 import difflib
 import hashlib
+import logging
 import os
 import re
 import signal
@@ -50,6 +51,8 @@ def prepare():
     # not if the shell has the signal ignored; cli_main sets Python's handler again
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # about torchao, where it is installed: nothing that a user could change
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     known = known_flags()
     for flag in sys.argv[1:]:
         if re.fullmatch(r"--\w[\w-]*(=.*)?", flag) and flag.split("=")[0] not in known:

@@ -25,12 +25,13 @@ import functools
 import itertools
 import math
 import random
+import re
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torchvision.transforms.functional import normalize, pil_to_tensor
 from tqdm import tqdm
 from transformers import AutoTokenizer, CLIPVisionModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
@@ -42,8 +43,8 @@ import pipelines
 import training_data
 import training_run
 from aligner import NORMS, Aligner, load_aligner
-from common import MODEL_FLAGS, T5_FLAG, number, pick_device, positive, pretrained
-from images import load_image, open_image
+from common import DTYPE_FLAG, MODEL_FLAGS, T5_FLAG, number, pick_device, positive, pretrained
+from images import open_image
 
 # --------------------------------------------------------------------------- hyperparameters
 VARIANT = "clip"
@@ -62,31 +63,36 @@ TRAINING = [
      "[paper] random: first words in, the rest as target; none: no words in, all as target"),
     ("--norm", NORMS, "t5", "t5",
      "[paper] the RMSNorm's weight starts from T5's or from 1 (default); none: no norm (Fig. 7)"),
+    ("--captions", ("lower", "raw"), "lower", "raw",
+     "[release] lower: lower case, at most 50 words, a space for each of . ! \" ( ) * # : ; ~"),
     # T5-XXL is 3 x as wide as ViT-g, the miniature's T5 a third of its CLIP: too narrow
     ("--hidden", positive, None, 512, "[paper] width between the aligner's layers: T5's"),
+    ("--offload", bool, False, False, "[ours] T5's encoder in main memory: 9.3 GB less, slower"),
 ]
 ADAM_BETAS = (0.9, 0.999)  # [release]
 WARMUP_FROM = 1e-6  # [release] learning rate at step 0
 MAX_TEXT = 32  # [release] T5 tokens of T1 and of T2, EOS included
-MAX_SIDE = 512  # [ours] px; larger images are reduced as they are decoded, the CLIP sees 224
+MAX_WORDS = 50  # [release] of --captions lower
+MAX_SIDE = 512  # [ours] px; larger JPEGs are decoded at a fraction, the CLIP sees 224
 INFERENCE = [
     ("--size", common.image_size, 1024, 64, "[release] width and height of an image in px"),
     ("--t5-length", common.t5_length, 128, 48, "[release] T5 tokens of the padded text (FLUX)"),
+    ("--empty-text", ("pad", "none"), "pad", "none",
+     "[release] behind images without a text (FLUX); pad: T5's empty text, padded; none: nothing"),
 ]
 EXAMPLE_LINE = '{"image": ["a.png", "b.png"], "text": "...", "image_weight": [1, 0.5]}'
 
 
-# -------------------------------------------------------------------- features x of the CLIP
+# ------------------------------------------------------------- features x of the frozen encoder
 def preprocess(image, size):
-    """PIL RGB image -> pixels (3, size, size) fp32: resized, not cropped, as BLIP-2 does."""
-    rgb = np.asarray(image.resize((size, size), Image.BICUBIC), dtype=np.float32) / 255
-    pixels = (rgb - np.float32(OPENAI_CLIP_MEAN)) / np.float32(OPENAI_CLIP_STD)  # (size, size, 3)
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+    """PIL RGB image -> pixels (3, size, size) uint8: resized, not cropped, as BLIP-2 does."""
+    return pil_to_tensor(image.resize((size, size), Image.BICUBIC)).contiguous()
 
 
 @torch.no_grad()
 def image_tokens(clip, pixels):
-    """x = CLIP(I), pooled (section 3.4): pixels (B, 3, size, size) -> x (B, 65, d_vlm)."""
+    """x = CLIP(I), pooled (section 3.4): pixels (B, 3, size, size) uint8 -> x (B, 65, d_vlm)."""
+    pixels = normalize(pixels / 255, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)  # fp32
     x = clip(pixels.to(clip.dtype)).last_hidden_state  # (B, 1 + 16 * 16, d_vlm)
     # BLIP-2's has been through its post-layernorm already
     if isinstance(clip, CLIPVisionModel):
@@ -108,9 +114,11 @@ def pool(x):
 def split(caption, position, args):
     """T1 and T2: the words before and after an inner boundary; of one word, "" and the word.
 
-    It depends on the seed and the sample's position in the training stream.
-    --masking none: T1 is empty, T2 the caption."""
+    The split depends on the seed and the sample's position in the training stream.
+    --masking none: T1 is empty, T2 the caption. --captions lower: the release's form of it."""
     words = caption.split()
+    if args.captions == "lower":
+        words = re.sub(r'[.!"()*#:;~]', " ", caption.lower()).split()[:MAX_WORDS]
     if args.masking == "none" or len(words) < 2:
         return "", " ".join(words)
     s = random.Random(f"{args.seed} {position}").randint(1, len(words) - 1)
@@ -146,10 +154,13 @@ def t5_nll(t5, x_aligned, mask, labels):
     # T5 1.0 shares lm_head and embedding and scales; v1.1 and Flan-T5 do not
     if t5.config.scale_decoder_outputs:
         hidden = hidden * t5.model_dim ** -0.5
-    # in chunks, so that the logits (B * L, V) are never in memory as a whole; summed in fp32
+    # bf16, on a GPU: in chunks, so that the logits (B * L, V) are never in memory as a whole. fp32,
+    # on a CPU: whole, which is faster and takes 0.6 GB for 24 samples of 64 tokens at full size
+    options = None if t5.dtype == torch.float32 else torch.nn.LinearCrossEntropyOptions()
     losses = F.linear_cross_entropy(
         hidden.flatten(0, 1), t5.lm_head.weight, labels.flatten(), reduction="none",
-        options=torch.nn.LinearCrossEntropyOptions())
+        options=options)
+    # summed in fp32
     return losses.float().sum(), (labels != -100).sum()
 
 
@@ -185,17 +196,17 @@ def new_optimizer(aligner, args):
 def train(args):
     """Random masked training: everything but the aligner is frozen (section 3.3, 3.4)."""
     training_run.check_run_folder(args)
-    device, dtype = pick_device()
+    device, dtype = pick_device(args.dtype)
     size = models.vision_tower(args.vlm)[1].image_size
     data = training_data.ImageCaptionDataset(
         args.data, Path(args.out) / "pairs.jsonl",
-        lambda image: preprocess(load_image(image, MAX_SIDE), size), args.resume)
+        lambda ref: preprocess(open_image(ref, max_side=MAX_SIDE, exact=False), size), args.resume)
     n_train = training_data.train_size(data, args.held_out)
     common.start_processes(device)
 
     t5_tokenizer = pretrained(AutoTokenizer, args.t5)
     clip = models.load_clip(args.vlm, device, dtype)
-    t5 = models.load_t5(args.t5, device, dtype)
+    t5 = models.load_t5(args.t5, device, dtype, args.offload)
     if args.compile:
         clip.compile()
         t5.decoder.compile(dynamic=True)
@@ -219,9 +230,8 @@ def train(args):
         total = torch.zeros(2)
         for x, t1, mask, labels in itertools.chain.from_iterable(decoder_batches(batches)):
             with autocast:
-                x_aligned = aligner(x)
-            memory = torch.cat([x_aligned, t1], dim=1)
-            total += torch.stack(t5_nll(t5, memory, mask, labels)).cpu()
+                x_aligned = torch.cat([aligner(x), t1], dim=1)
+            total += torch.stack(t5_nll(t5, x_aligned, mask, labels)).cpu()
         return (total[0] / total[1]).item()
 
     batches = training_data.training_batches(n_train, args, run.step)
@@ -235,9 +245,8 @@ def train(args):
         loss = torch.zeros((), device=device)
         for x, t1, mask, labels in micro_batches:
             with autocast:
-                x_aligned = aligner(x)  # Eq. 1: (B, 65, d_t5)
-            memory = torch.cat([x_aligned, t1], dim=1)  # [x' ; t1]: (B, S, d_t5)
-            nll, _ = t5_nll(t5, memory, mask, labels)  # Eq. 4
+                x_aligned = torch.cat([aligner(x), t1], dim=1)  # Eq. 1, [x' ; t1]: (B, S, d_t5)
+            nll, _ = t5_nll(t5, x_aligned, mask, labels)  # Eq. 4
             (nll / n_tokens).backward()
             loss += nll.detach() / n_tokens
         common.sum_over_processes(*(p.grad for p in aligner.parameters()))
@@ -264,7 +273,7 @@ def read_context(item, folder, args):
         raise common.UserError(f"{len(weights)} image weights for {len(paths)} pictures: give one "
                                "for each, in the same order, or none")
     metadata = {"images": paths, "weights": weights, "text": text}
-    images = [open_image(folder / path, max_side=MAX_SIDE) for path in paths]
+    images = [open_image(folder / path, max_side=MAX_SIDE, exact=False) for path in paths]
     return {**metadata, "images": images, "metadata": metadata}
 
 
@@ -295,7 +304,7 @@ def generate(args):
     """Images -> CLIP -> aligner, text -> T5 encoder, both -> FLUX or CogVideoX (Eq. 5)."""
     pipelines.pipeline_options(args)
     contexts = pipelines.read_contexts(args, read_context, EXAMPLE_LINE)
-    device, dtype = pick_device()
+    device, dtype = pick_device(args.dtype)
     aligner = None
     if any(c["images"] for c in contexts):
         d_vlm = models.vision_tower(args.vlm)[1].hidden_size
@@ -303,7 +312,7 @@ def generate(args):
         aligner.to(device, dtype)
     # the frozen encoder has left memory when FLUX comes
     contexts = encode_contexts(contexts, args, device, dtype)
-    needs_t5 = args.true_cfg > 1 or any(c["text"] for c in contexts)
+    needs_t5 = args.true_cfg > 1 or args.empty_text == "pad" or any(c["text"] for c in contexts)
     pipe = pipelines.load_decoder(args, device, dtype, needs_t5)
     build_prompt = functools.partial(build_prompt_embeds, pipe, aligner=aligner, args=args)
     pipelines.draw_contexts(pipe, contexts, build_prompt, args)
@@ -313,10 +322,10 @@ def generate(args):
 @torch.no_grad()
 def explain(args):
     """Walks one sample through the method and prints each step."""
-    device, dtype = pick_device()
+    device, dtype = pick_device(args.dtype)
     clip = models.load_clip(args.vlm, device, dtype)
-    pixels = preprocess(open_image(args.image, max_side=MAX_SIDE), clip.config.image_size)
-    pixels, text = pixels[None].to(device), args.text
+    image, text = open_image(args.image, max_side=MAX_SIDE, exact=False), args.text
+    pixels = preprocess(image, clip.config.image_size)[None].to(device)
     x = image_tokens(clip, pixels)[0]  # (65, d_vlm)
     print(f"image    {args.image}\ncaption  {text}\n\n"
           f"CLIP's {clip.embeddings.num_positions} tokens, pooled: {len(x)} (section 3.4)\n")
@@ -348,12 +357,12 @@ def main():
         ("--data", str, ["data/cc3m", "data/cc12m", "data/sbu"], ["data/mini"],
          "folders (of KEY.jpg and KEY.txt, or of tars), WebDataset tars, brace patterns of them"),
         ("--out", str, f"runs/{VARIANT}", f"runs/mini-{VARIANT}", "checkpoints, log and aligner"),
-        vlm, T5_FLAG], "method": TRAINING, "run": common.RUN_FLAGS})
+        vlm, T5_FLAG, DTYPE_FLAG], "method": TRAINING, "run": common.RUN_FLAGS})
 
     p = common.add_command(commands, "generate", generate, "draw the image of a context", {})
     pipelines.add_context_flags(p, VARIANT, EXAMPLE_LINE)
     common.add_flags(p, {
-        "output": pipelines.OUTPUT_FLAGS, "models": [vlm, aligner],
+        "output": pipelines.OUTPUT_FLAGS, "models": [vlm, aligner, DTYPE_FLAG],
         "method": INFERENCE, "drawing": pipelines.FLUX_FLAGS, **pipelines.SPEED})
     pipelines.add_composition_flags(p)
 
@@ -363,9 +372,9 @@ def main():
             ("--text", common.utf8, "a caption", "A picture of a white car. The car is white.",
              "its caption"),
             *inspection.FLAGS],
-        "models": [vlm, T5_FLAG, aligner],
+        "models": [vlm, T5_FLAG, aligner, DTYPE_FLAG],
         "drawing": [*INFERENCE[:1], *pipelines.FLUX_FLAGS]},
-        masking="random", features="generated", norm="t5", hidden=None)
+        masking="random", features="generated", norm="t5", hidden=None, captions="raw")
     args = parser.parse_args()
     args.run(args)
 

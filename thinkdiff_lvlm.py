@@ -40,7 +40,7 @@ import pipelines
 import training_data
 import training_run
 from aligner import NORMS, Aligner, load_aligner
-from common import MODEL_FLAGS, T5_FLAG, number, pick_device, positive, pretrained
+from common import DTYPE_FLAG, MODEL_FLAGS, T5_FLAG, number, pick_device, positive, pretrained
 from images import open_image
 
 # --------------------------------------------------------------------------- hyperparameters
@@ -103,7 +103,7 @@ PROMPTS = [  # [paper] appendix B
 ]
 
 
-# --------------------------------------------------------------------- features x of the VLM
+# ------------------------------------------------------------- features x of the frozen encoder
 def caption_messages(image, prompt):
     """The chat that asks for a description of a PIL image; prompt: an index into PROMPTS."""
     content = [{"type": "image", "image": image}, {"type": "text", "text": PROMPTS[prompt]}]
@@ -112,7 +112,8 @@ def caption_messages(image, prompt):
 
 def context_messages(parts, instruction):
     """The chat of an interleaved context; parts: ("text", str) or ("image", PIL), in order."""
-    content = [{"type": kind, kind: value} for kind, value in [("text", instruction), *parts]]
+    parts = [("text", f"{instruction}\n\n"), *parts]  # [release] the two newlines
+    content = [{"type": kind, kind: value} for kind, value in parts]
     return [{"role": "system", "content": "You are a helpful assistant."},
             {"role": "user", "content": content}]
 
@@ -152,7 +153,7 @@ def generate_with_features(model, inputs, max_new_tokens, *, ignore_eos=True, do
 def split(x, y, position, args):
     """The features x_1..x_s and the tokens y_{s+1}..y_N to be written; x (N, d_vlm), y (N,).
 
-    s depends on the seed and the sample's position in the training stream.
+    The split depends on the seed and the sample's position in the training stream.
     --masking none (Table 3): all features, all tokens; so too for features of the prompt's tokens,
     none of which is to be written."""
     if args.masking == "none" or args.features == "input":
@@ -189,10 +190,13 @@ def t5_nll(t5, x_aligned, mask, labels):
     # T5 1.0 shares lm_head and embedding and scales; v1.1 and Flan-T5 do not
     if t5.config.scale_decoder_outputs:
         hidden = hidden * t5.model_dim ** -0.5
-    # in chunks, so that the logits (B * L, V) are never in memory as a whole; summed in fp32
+    # bf16, on a GPU: in chunks, so that the logits (B * L, V) are never in memory as a whole. fp32,
+    # on a CPU: whole, which is faster and takes 0.6 GB for 24 samples of 64 tokens at full size
+    options = None if t5.dtype == torch.float32 else torch.nn.LinearCrossEntropyOptions()
     losses = F.linear_cross_entropy(
         hidden.flatten(0, 1), t5.lm_head.weight, labels.flatten(), reduction="none",
-        options=torch.nn.LinearCrossEntropyOptions())
+        options=options)
+    # summed in fp32
     return losses.float().sum(), (labels != -100).sum()
 
 
@@ -228,7 +232,7 @@ def new_optimizer(aligner, args):
 def train(args):
     """Random masked training: everything but the aligner is frozen (section 3.3, 3.4)."""
     training_run.check_run_folder(args)
-    device, dtype = pick_device()
+    device, dtype = pick_device(args.dtype)
     data = training_data.FeatureDataset(args.data, caption_messages, args)
     n_train = training_data.train_size(data, args.held_out)
     common.start_processes(device)
@@ -304,8 +308,8 @@ def read_context(item, folder, args):
 def encode_contexts(contexts, args, device, dtype):
     """The contexts that the VLM can read, with its answer: "words" and features "x" (n, d_vlm)."""
     model, processor = models.load_vlm(args.vlm, device, dtype, **pipelines.vlm_options(args))
-    longest = model.config.get_text_config().max_position_embeddings - args.max_new_tokens
-    encode = functools.partial(models.encode_messages, processor, longest=longest)
+    room = model.config.get_text_config().max_position_embeddings - args.max_new_tokens
+    encode = functools.partial(models.encode_messages, processor, longest=room, number_images=True)
     contexts = pipelines.usable(contexts, lambda c: encode([c["chat"]]), args)
     starts = range(0, len(contexts), args.batch_size)
     for start in tqdm(starts, "answer", disable=len(contexts) == 1):
@@ -340,7 +344,7 @@ def generate(args):
     """Context -> VLM -> aligner -> FLUX (Eq. 3)."""
     pipelines.pipeline_options(args)
     contexts = pipelines.read_contexts(args, read_context, EXAMPLE_LINE)
-    device, dtype = pick_device()
+    device, dtype = pick_device(args.dtype)
     aligner = None
     if not args.relay:
         d_vlm = models.feature_width(args.vlm)
@@ -358,7 +362,7 @@ def generate(args):
 @torch.no_grad()
 def explain(args):
     """Walks one sample through the method and prints each step."""
-    device, dtype = pick_device()
+    device, dtype = pick_device(args.dtype)
     model, processor = models.load_vlm(args.vlm, device, dtype)
     decode = functools.partial(processor.tokenizer.decode, skip_special_tokens=True)
     chat = caption_messages(open_image(args.image), args.prompt)
@@ -396,12 +400,12 @@ def main():
     common.add_command(commands, "train", train, "train the aligner", {"data and models": [
         ("--data", str, "data/lvlm", "data/mini-lvlm", "folder of `prepare_data.py lvlm`"),
         ("--out", str, f"runs/{VARIANT}", f"runs/mini-{VARIANT}", "checkpoints, log and aligner"),
-        vlm, T5_FLAG], "method": TRAINING, "run": common.RUN_FLAGS})
+        vlm, T5_FLAG, DTYPE_FLAG], "method": TRAINING, "run": common.RUN_FLAGS})
 
     p = common.add_command(commands, "generate", generate, "draw the image of a context", {})
     pipelines.add_context_flags(p, VARIANT, EXAMPLE_LINE)
     common.add_flags(p, {
-        "output": pipelines.OUTPUT_FLAGS, "models": [vlm, aligner],
+        "output": pipelines.OUTPUT_FLAGS, "models": [vlm, aligner, DTYPE_FLAG],
         "method": INFERENCE, "drawing": pipelines.FLUX_FLAGS, **pipelines.SPEED})
 
     common.add_command(commands, "explain", explain, "walk one sample through the method", {
@@ -410,9 +414,9 @@ def main():
             ("--prompt", number(int, 0, len(PROMPTS) - 1), 0, 0, "number of the prompt"),
             ("--tokens", number(int, 2, 10_000), 64, 40, "[paper] N, as in prepare_data.py"),
             *inspection.FLAGS],
-        "models": [vlm, T5_FLAG, aligner],
+        "models": [vlm, T5_FLAG, aligner, DTYPE_FLAG],
         "drawing": [*INFERENCE[:1], *pipelines.FLUX_FLAGS]},
-        masking="random", features="generated", norm="t5", hidden=None)
+        masking="random", features="generated", norm="t5", hidden=None, captions="raw")
     args = parser.parse_args()
     args.run(args)
 

@@ -26,7 +26,10 @@ from training_data import training_batches
 # Flags that decide the weights: a run is resumed only with the same ones. Models count by the
 # names of their folders, so that a run may be resumed after they have moved.
 SETTINGS = ("data", "vlm", "t5", "batch_size", "lr", "lr_end", "lr_horizon", "warmup",
-            "weight_decay", "masking", "features", "norm", "hidden", "seed", "held_out")
+            "weight_decay", "masking", "features", "norm", "hidden", "seed", "held_out", "captions",
+            "dtype")
+# of checkpoints of earlier versions, which had no such flags
+EARLIER = {"captions": "raw", "dtype": "auto"}
 MODEL_SETTINGS = ("vlm", "t5")
 # nothing else in --out is ever read as a checkpoint, or deleted
 CHECKPOINTS = "checkpoint-" + 7 * "[0-9]"
@@ -119,7 +122,7 @@ def check_same_run(args, data, folder, state):
     """Raises UserError if a checkpoint is of a run with other settings or other samples."""
     changed = []
     for name, value in run_settings(args).items():
-        old = state.get(name)
+        old = state.get(name, EARLIER.get(name))
         same = old == value
         if name in MODEL_SETTINGS and old:
             same = Path(str(old)).name == Path(value).name

@@ -61,8 +61,9 @@ def vlm_inputs(processor, parts, instruction=INSTRUCTION):
     """The chat of a context, spelled out; parts are texts and PIL images."""
     see = "<|vision_start|><|image_pad|><|vision_end|>"
     said = "".join(part if isinstance(part, str) else see for part in parts)
+    gap = "\n\n" if instruction else ""
     text = ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-            f"<|im_start|>user\n{instruction}{said}<|im_end|>\n<|im_start|>assistant\n")
+            f"<|im_start|>user\n{instruction}{gap}{said}<|im_end|>\n<|im_start|>assistant\n")
     images = [part for part in parts if not isinstance(part, str)]
     return processor(text=[text], images=images or None, return_tensors="pt")
 

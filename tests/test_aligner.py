@@ -6,6 +6,7 @@ import zipfile
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 from aligner import RELEASED_KEYS, Aligner, load_aligner
 from common import UserError
@@ -63,6 +64,53 @@ def test_released_checkpoint(tmp_path, prefix, changes, said):
         x = torch.randn(2, 3, 12)
         aligner = load_aligner(tmp_path / "thinkdiff_lvlm.pth", d_vlm=12, d_t5=8)
         torch.testing.assert_close(aligner(x), eq1(weights, x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_t5s_embeddings_in_a_released_checkpoint(tmp_path, prefix):
+    """The authors' trainer saves them, too: they are left in the file, and no others."""
+    weights, state = released(12, 8, prefix)
+    # zeros that nobody has written to take no memory
+    tied = torch.zeros(50_000_000)
+    x, before, file = torch.randn(2, 3, 12), gigabytes(), tmp_path / "x.pth"
+    for name in ("encoder.embed_tokens.weight", "lm_head.weight"):
+        state["model"][f"{prefix}language_model.{name}"] = tied
+    torch.save(state, file)
+    torch.testing.assert_close(load_aligner(file)(x), eq1(weights, x), rtol=1e-5, atol=1e-5)
+    assert file.stat().st_size > 2e8 and gigabytes() < before + 0.1
+    for name in ("language_model", "language_models.x", "x.language_model.x", "shared.weight"):
+        torch.save({"model": {**released(12, 8, prefix)[1]["model"], prefix + name: x}}, file)
+        with pytest.raises(UserError, match=f"missing or unexpected .'{name}'"):
+            load_aligner(file)
+
+
+class Release(torch.nn.Module):
+    """What the authors' code loads a .pth into."""
+
+    def __init__(self, d_vlm, d_t5):
+        super().__init__()
+        self.mm_projector = torch.nn.Sequential(
+            torch.nn.Linear(d_vlm, d_t5), torch.nn.GELU(), torch.nn.Linear(d_t5, d_t5),
+            T5LayerNorm(d_t5))
+
+
+def test_save_released(tmp_path):
+    torch.manual_seed(0)
+    file, x = tmp_path / "new" / "thinkdiff_lvlm.pth", torch.randn(2, 3, 12)
+    for norm in ("t5", "default"):
+        aligner, release = Aligner(12, 8, norm), Release(12, 8)
+        aligner.init_norm(torch.rand(8))
+        aligner.save_released(file)
+        saved = torch.load(file, weights_only=True)
+        release.load_state_dict(saved["model"])
+        assert [*saved] == ["model"] and saved["model"].keys() == RELEASED_KEYS
+        torch.testing.assert_close(release.mm_projector(x), aligner(x), rtol=1e-5, atol=1e-6)
+        assert torch.equal(load_aligner(file, d_vlm=12, d_t5=8)(x), aligner(x))
+    file.unlink()
+    for other in ({"norm": "none"}, {"hidden": 9}):
+        with pytest.raises(UserError, match="without a norm or with another hidden width"):
+            Aligner(12, 8, **other).save_released(file)
+        assert not file.exists()
 
 
 class Unsafe:

@@ -3,6 +3,7 @@
 What `train` computes and its complaints: test_training.py; `generate`: test_inference.py."""
 import io
 import json
+from operator import ne
 
 import diffusers
 import imageio
@@ -17,7 +18,7 @@ import pipelines
 from common import EXAMPLE, MINI, UserError
 from helpers import command, complaint, read_log, write_tar
 from models import load_clip
-from references import aligner_weights, clip_tokens, eq1
+from references import aligner_weights, clip_tokens, eq1, load_flux, t5_prompt
 from test_training import clip_samples, write_clip_data
 from thinkdiff_clip import image_tokens, pool, preprocess
 from training_data import ImageCaptionDataset
@@ -25,6 +26,9 @@ from training_data import ImageCaptionDataset
 SCRIPT = "thinkdiff_clip.py"
 TRAIN = (SCRIPT, "train", "--mini", "--batch-size", 8, "--data")
 WHITE, BLUE = (EXAMPLE / f"{color}_car.png" for color in ("white", "blue"))
+# of CLIP's and BLIP-2's pixels
+MEAN = 0.48145466, 0.4578275, 0.40821073
+STD = 0.26862954, 0.26130258, 0.27577711
 
 
 def tar_members():
@@ -55,16 +59,39 @@ def test_pooling_is_the_mean_of_2x2_tokens_and_leaves_cls(tokens, pooled):
         torch.testing.assert_close(row, pooled_by_hand(expected), rtol=0, atol=1e-6)
 
 
+def seen_by_the_tower(images, dtype=torch.float32):
+    """What the mini's tower gets of PIL images, (B, 3, 64, 64)."""
+    tower, seen = load_clip(MINI["clip"], "cpu", dtype), []
+    pixels = [preprocess(image, 64) for image in images]
+    assert {p.dtype for p in pixels} == {torch.uint8} and all(p.is_contiguous() for p in pixels)
+    handle = tower.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    image_tokens(tower, torch.stack(pixels))
+    handle.remove()
+    return seen[0]
+
+
 def test_images_are_prepared_as_by_the_models_own_processors():
     image = Image.open(WHITE).convert("RGB")
     processor = transformers.CLIPImageProcessor.from_pretrained(MINI["clip"])
-    stock = processor(image, return_tensors="pt").pixel_values[0]  # (3, 64, 64)
-    torch.testing.assert_close(preprocess(image, 64), stock, rtol=0, atol=1e-5)
+    stock = processor(image, return_tensors="pt").pixel_values  # (1, 3, 64, 64)
+    torch.testing.assert_close(seen_by_the_tower([image]), stock, rtol=0, atol=1e-5)
     wide = Image.open(BLUE).convert("RGB").resize((300, 200))
-    processor = transformers.BlipImageProcessor(size={"height": 224, "width": 224})
-    stock = processor(wide, return_tensors="pt").pixel_values[0]  # (3, 224, 224)
+    processor = transformers.BlipImageProcessor(size={"height": 64, "width": 64})
+    stock = processor(wide, return_tensors="pt").pixel_values  # (1, 3, 64, 64)
     # PIL's bicubic against torch's: a grey level or two
-    torch.testing.assert_close(preprocess(wide, 224), stock, rtol=0, atol=2 / 255 / 0.26)
+    torch.testing.assert_close(seen_by_the_tower([wide]), stock, rtol=0, atol=2 / 255 / 0.26)
+
+
+def test_pixels_are_normalised_in_fp32():
+    """All 256 values in each channel, as NumPy does it, before they become bf16."""
+    rgb = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    assert all(len(np.unique(rgb[..., channel])) == 256 for channel in range(3))
+    normal = (rgb / np.float32(255) - np.float32(MEAN)) / np.float32(STD)
+    expected = torch.from_numpy(normal).permute(2, 0, 1)  # (3, 64, 64)
+    images = [Image.open(WHITE).convert("RGB"), Image.fromarray(rgb)]
+    for dtype in (torch.float32, torch.bfloat16):
+        found = seen_by_the_tower(images, dtype)
+        torch.testing.assert_close(found[1], expected.to(dtype), rtol=1e-6, atol=0)
 
 
 def test_the_index_follows_the_sources(tmp_path):
@@ -95,9 +122,10 @@ def blip2(tmp_path_factory):
     torch.manual_seed(0)
     whole = transformers.Blip2ForConditionalGeneration(config).eval()
     torch.nn.init.normal_(whole.vision_model.post_layernorm.weight)
-    pixels = torch.randn(2, 3, 56, 56)
+    pixels = torch.randint(0, 256, (2, 3, 56, 56), dtype=torch.uint8)
+    mean, std = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
     with torch.no_grad():
-        seen = whole.vision_model(pixels).last_hidden_state  # (2, 17, 32)
+        seen = whole.vision_model((pixels / 255 - mean) / std).last_hidden_state  # (2, 17, 32)
     folder = tmp_path_factory.mktemp("blip2") / "blip2"
     whole.save_pretrained(folder, max_shard_size="30KB")
     names = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
@@ -194,6 +222,30 @@ def test_captions_in_json(tmp_path):
             pairs[i]
 
 
+# as they are written, and as the authors' code trains on them
+CAPTIONS = {
+    "A Red CAR, on (the) U.S. street!": "a red car, on the u s street",
+    'two\n lines;  of "TEXT" #3: 4*5~6 - ok?': "two lines of text 3 4 5 6 - ok?",
+    "One. " * 70: "one " * 50, "BLUE": "blue", "\u00c9clair's D'OR": "\u00e9clair's d'or"}
+
+
+def test_the_releases_form_of_captions(tmp_path):
+    """--captions lower, as training on captions of this form. It belongs to the run."""
+    for name, captions in (("written", [*CAPTIONS]), ("lower", [*CAPTIONS.values()])):
+        write_clip_data(tmp_path / name)
+        for i, file in enumerate(sorted((tmp_path / name).glob("*.txt"))):
+            file.write_text(captions[i % 5], "utf-8")
+    for out, data, form in (("a", "written", "lower"), ("b", "lower", "raw"),
+                            ("c", "written", "raw")):
+        t = (*TRAIN, tmp_path / data, "--steps", 3, "--log-every", 1, "--out", tmp_path / out)
+        command(*t, "--captions", form)
+    losses = [[(row["loss"], row["held_out_loss"]) for row in read_log(tmp_path / out)]
+              for out in "abc"]
+    assert losses[0] == losses[1] and all(map(ne, losses[0], losses[2]))
+    line = complaint(*t, "--captions", "lower", "--resume")
+    assert "other settings: captions was 'raw', is 'lower'" in line
+
+
 def test_a_run_keeps_its_index(tmp_path):
     folder, out = tmp_path / "folder", tmp_path / "x"
     write_clip_data(folder)
@@ -204,6 +256,30 @@ def test_a_run_keeps_its_index(tmp_path):
     assert "18 samples (2 held out)" in command(*TRAIN, folder, *resume)[0]
     assert "--data" in complaint(*TRAIN, tmp_path, *resume)
     assert str(folder) in (out / "pairs.jsonl").read_text().splitlines()[0]
+
+
+# ---------------------------------------------------------------- pictures without a text
+@pytest.mark.parametrize("how, length", [("pad", 48), ("pad", 7), ("none", 0)])
+def test_t5s_empty_text_behind_images(tmp_path, monkeypatch, how, length):
+    """Padded as the stock pipeline does it; without guidance, T5 is loaded for it alone."""
+    calls, generate_images = [], pipelines.generate_images
+
+    def watch(*args):
+        calls.append(args)
+        return generate_images(*args)
+    monkeypatch.setattr(pipelines, "generate_images", watch)
+    more = ("--t5-length", length) if length else ()
+    command(SCRIPT, "generate", "--mini", "--image", WHITE, "--image", BLUE, "--empty-text", how,
+            "--true-cfg", 1, "--steps", 1, "--out", tmp_path / "x.png", *more)
+    pipe, prompt, texts, *_ = calls[0]
+    assert prompt.shape == (1, 34 + length, 32) and texts == [""]
+    aligned = eq1(aligner_weights(MINI["aligner-clip"]),
+                  torch.cat([clip_tokens(WHITE), clip_tokens(BLUE)]))
+    torch.testing.assert_close(prompt[0, :34], aligned, rtol=0, atol=1e-5)
+    assert bool(pipe.text_encoder_2) == bool(length)
+    if length:
+        empty = t5_prompt(load_flux(MINI["flux"]), "", length)
+        torch.testing.assert_close(prompt[0, 34:], empty, rtol=0, atol=1e-5)
 
 
 # ---------------------------------------------------------------- video

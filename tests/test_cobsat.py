@@ -21,12 +21,24 @@ import torch
 from filelock import FileLock
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import CLIPModel, CLIPProcessor
+from transformers import (
+    AutoTokenizer,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPVisionConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
 
 import cobsat_eval
 import helpers
 import references as ref
 from common import MINI, REPO
+from miniature.vlm import judge_question
 from test_protocol import LABELS, NOUNS
 
 SCRIPT = str(REPO / "cobsat_eval.py")
@@ -73,8 +85,8 @@ def test_all_20000_prompts():
 
 
 @pytest.mark.parametrize("text, number", [
-    ("3", 3), ("(10)", 10), ("10.", 10), ("1, 2", 12), ("1 0", 10), ("", 0), ("red", 0), ("٣", 0),
-    ("0", 0)])
+    ("3", 3), ("(10)", 10), ("10.", 10), ("1, 2", 12), ("1 0", 10), ("", 0), ("red", 0), ("٣", 3),
+    ("²", 0), ("0", 0)])
 def test_all_digits_are_one_number(text, number):
     assert cobsat_eval.read_number(text) == number
     # black is (10), car is (5)
@@ -114,8 +126,8 @@ def test_run_writes_the_benchmarks_layout_and_a_report(base, images):
             p.name + suffix for p in expected for suffix in (".jpg", ".json")}
         note = read_json(folder / f"{expected[0].name}.json")
         assert note.pop("description") and note.pop("time") > 0
-        assert note == {"text_inputs": expected[0].words, "image_inputs": [
-            str(images / name) for name in expected[0].pictures]}
+        assert note == {"text_inputs": [f"{word}: " for word in expected[0].words],
+                        "image_inputs": [str(images / name) for name in expected[0].pictures]}
         assert Image.open(folder / f"{expected[0].name}.jpg").size == (64, 64)
     results, judges = read_json(base / "results.json"), read_json(base / "judges.json")
     assert set(results) == set(METHODS) and set(results["relay"]) == {"2", "4"}
@@ -155,6 +167,11 @@ def test_finished_work_and_a_folder_of_an_earlier_version_go_on(base, all_method
     before = tree(base)
     command(*all_methods, base)
     assert tree(base) == before
+    with monkeypatch.context() as patch:
+        # nor is an image decoded that has been judged
+        patch.setattr(cobsat_eval, "open_image", fail)
+        command("judge", *SMALL[:-2], *all_methods[all_methods.index("--images"):][:2],
+                "--results", base)
 
     old = tmp_path / "old"
     shutil.copytree(base, old)
@@ -166,6 +183,13 @@ def test_finished_work_and_a_folder_of_an_earlier_version_go_on(base, all_method
     assert "oracle_image was made with phrases None, now a {value} {noun}; " in refused
     assert "--overwrite" in refused and tree(old) == before
     own = [word for word in all_methods if word != "oracle"]
+    for name, key in (("verdicts/clip", "version"), ("vlm_features", "number_images")):
+        settings = read_json(base / name / "settings.json")
+        now = settings.pop(key)
+        (old / name / "settings.json").write_text(json.dumps(settings))
+        assert f"made with {key} None, now {now}: repeat" in complaint(*own, old)
+        shutil.copy(base / name / "settings.json", old / name)
+    assert tree(old) == before
     command(*own, old)
     assert not (old / "thoughts").exists()
     files = [[path.relative_to(out) for path in sorted((out / "vlm_features").rglob("*"))]
@@ -195,7 +219,7 @@ def test_pictures_equal_those_of_stock_models_one_at_a_time(images, tmp_path):
         files = {method: out / f"exps/{method}_image/shot_2/default/task_{p.task}/{p.name}.jpg"
                  for method in METHODS}
         truth = read_json(files["oracle"].with_suffix(".json"))["description"]
-        assert truth == cobsat_eval.oracle_text(p)
+        assert truth == cobsat_eval.oracle_text(p.answer)
         prompts = {"thinkdiff": ref.eq1(other, x), "relay": ref.t5_prompt(flux, words, 12),
                    "oracle": ref.t5_prompt(flux, truth, 12)}
         for method, prompt in prompts.items():
@@ -217,8 +241,7 @@ def test_pictures_equal_those_of_stock_models_one_at_a_time(images, tmp_path):
     (("action", "cry", "dog"), "a dog that is crying"),
     (("texture", "wood", "box"), "a box made of wood")])
 def test_the_oracles_sentences(kind, sentence):
-    prompt = cobsat_eval.prompts(1, 2)[0]._replace(answer=kind)
-    assert cobsat_eval.oracle_text(prompt) == f"Create an image of {sentence}."
+    assert cobsat_eval.oracle_text(kind) == f"Create an image of {sentence}."
 
 
 def test_mixed_details_in_a_batch_are_judged_as_one_at_a_time(base, images):
@@ -233,7 +256,8 @@ def test_mixed_details_in_a_batch_are_judged_as_one_at_a_time(base, images):
     for name in mixed:
         detail = name.removeprefix("datasets/").split("_")[0]
         for key, about_noun in (("detail", False), ("object", True)):
-            asked = {"type": "text", "text": cobsat_eval.judge_question(detail, about_noun)}
+            question = judge_question(detail, about_noun, LABELS[NOUNS[detail]])
+            asked = {"type": "text", "text": question}
             content = [{"type": "image", "image": Image.open(images / name)}, asked]
             inputs = processor.apply_chat_template(
                 [{"role": "user", "content": content}], tokenize=True, return_dict=True,
@@ -242,6 +266,121 @@ def test_mixed_details_in_a_batch_are_judged_as_one_at_a_time(base, images):
             said = processor.decode(tokens[0, inputs["input_ids"].shape[1]:],
                                     skip_special_tokens=True)
             assert verdicts[name][key] == said.strip(), (name, key)
+
+
+# the chat template of llava-hf/llava-1.5-13b-hf
+LLAVA_TEMPLATE = """\
+{% for message in messages %}\
+{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}\
+{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}\
+{{ '<image>\\n' }}{% endfor %}\
+{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}\
+{{ content['text'] + ' '}}{% endfor %}{% endfor %}\
+{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"""
+LLAVA_ASKED = (
+    "A chat between a curious human and an artificial intelligence assistant. The assistant gives "
+    "helpful, detailed, and polite answers to the human's questions. USER: {} Answer the number "
+    "only and do not include any other texts (e.g., 1). ASSISTANT:")
+COLORS = ("(1)yellow (2)white (3)red (4)purple (5)pink (6)orange (7)green (8)brown (9)blue "
+          "(10)black.")
+OBJECTS = "(1)leaf (2)hat (3)cup (4)chair (5)car (6)box (7)book (8)ball (9)bag (10)apple."
+BACKGROUNDS = ("(1)beach (2)desert (3)glacier (4)volcano (5)amusement park (6)gym (7)waterfall "
+               "(8)space (9)cave (10)seafloor.")
+ANIMALS = "(1)zebra (2)tiger (3)sheep (4)pig (5)monkey (6)lion (7)dog (8)cow (9)cat (10)bird."
+FROM = "Answer from the following options:  "
+CAPTION = "Image caption: a red, red car. What is the "
+# about a picture and about the description "a red, red car", tasks 1 and 4
+LLAVA_QUESTIONS = {
+    ("vlm", 1, "detail"):
+        f"<image>\nWhat is the color (of the main object) in this image? {FROM}{COLORS}",
+    ("vlm", 1, "object"): f"<image>\nWhat is the main object in this image? {FROM}{OBJECTS}",
+    ("vlm", 4, "detail"):
+        f"<image>\nWhat is the background (of the main object) in this image? {FROM}{BACKGROUNDS}",
+    ("vlm", 4, "object"): f"<image>\nWhat is the main object in this image? {FROM}{ANIMALS}",
+    ("text", 1, "detail"): f"{CAPTION}color (of the main object) in the image based on the "
+                           f"description? {FROM}{COLORS}",
+    ("text", 1, "object"):
+        f"{CAPTION}main object in this image based on the description? {FROM}{OBJECTS}",
+    ("text", 4, "detail"): f"{CAPTION}background (of the main object) in the image based on the "
+                           f"description? {FROM}{BACKGROUNDS}",
+    ("text", 4, "object"):
+        f"{CAPTION}main object in this image based on the description? {FROM}{ANIMALS}",
+}
+
+
+def save_llava(folder):
+    """A LLaVA with random weights; every third token ends its answer."""
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(MINI["vlm"])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
+    vision = CLIPVisionConfig(**sizes, num_hidden_layers=2, image_size=32, patch_size=16)
+    text = LlamaConfig(**sizes, num_hidden_layers=1, vocab_size=len(tokenizer))
+    model = LlavaForConditionalGeneration(LlavaConfig(
+        vision_config=vision, text_config=text, image_token_id=len(tokenizer) - 1))
+    model.generation_config = GenerationConfig(
+        eos_token_id=list(range(0, len(tokenizer), 3)), pad_token_id=tokenizer.pad_token_id)
+    model.save_pretrained(folder)
+    pixels = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    processor = LlavaProcessor(
+        pixels, tokenizer, patch_size=16, vision_feature_select_strategy="default",
+        num_additional_image_tokens=1, chat_template=LLAVA_TEMPLATE)
+    processor.save_pretrained(folder)
+    return model.eval(), processor
+
+
+def test_llava_is_asked_to_the_character(images, tmp_path, monkeypatch):
+    """About pictures and, as a judge named text, about the descriptions beside them: what it reads
+    are the strings above, and the verdicts are its answers to them."""
+    model, processor = save_llava(tmp_path / "llava")
+    texts, call, photo = [], LlavaProcessor.__call__, Image.new("RGB", (40, 40), "red")
+    names = {task: cobsat_eval.prompts(task, 2)[0].name for task in (1, 4)}
+    for task, name in names.items():
+        folder = tmp_path / f"exps/theirs_image/shot_2/default/task_{task}"
+        folder.mkdir(parents=True)
+        photo.save(folder / f"{name}.jpg")
+        # as another project, or an earlier version, writes it
+        (folder / f"{name}.json").write_text('{"description": "a red, red car", "text_inputs": []}')
+
+    def listen(self, *args, text, **options):
+        texts.append(text)
+        return call(self, *args, text=text, **options)
+    monkeypatch.setattr(LlavaProcessor, "__call__", listen)
+    small = (*"--mini --shots 2 --tasks 1 4 --limit 1 --judge text vlm --images".split(), images,
+             "--results", tmp_path)
+    judged = ("judge", *small, "--batch-size", 500, "--judge-vlm", tmp_path / "llava")
+    command(*judged)
+    # 500 references, then the two tasks, both questions each
+    assert [len(text) for text in texts] == [500, 500, 1, 1, 1, 1] * 2
+    assert texts[1][0] == LLAVA_ASKED.format(
+        "Image caption: Create an image of a yellow leaf.. What is the main object in this image "
+        f"based on the description? {FROM}{OBJECTS}")
+    monkeypatch.undo()
+    asked = {key: LLAVA_ASKED.format(text) for key, text in LLAVA_QUESTIONS.items()}
+    keys = itertools.product(("text", "vlm"), (1, 4), ("detail", "object"))
+    read = dict(zip(keys, [text for text, in [t for t in texts if len(t) == 1]], strict=True))
+    assert read == asked
+    for (judge, task, key), text in asked.items():
+        photos = [Image.open(tmp_path / f"exps/theirs_image/shot_2/default/task_{task}"
+                             f"/{names[task]}.jpg")] * (judge == "vlm")
+        inputs = processor(text=text, images=photos or None, return_tensors="pt")
+        tokens = model.generate(**inputs, max_new_tokens=512)[0, inputs["input_ids"].shape[1]:]
+        verdict = read_json(tmp_path / f"verdicts/{judge}/theirs_image/shot_2/task_{task}.json")
+        said = processor.decode(tokens, skip_special_tokens=True).strip()
+        assert verdict[names[task]][key] == said
+    # a new description is judged again, a missing one is wrong
+    notes = {task: tmp_path / f"exps/theirs_image/shot_2/default/task_{task}/{name}.json"
+             for task, name in names.items()}
+    notes[1].write_text('{"description": "black \\ud800 apple"}')
+    notes[4].unlink()
+    command(*judged)
+    verdicts = [read_json(tmp_path / f"verdicts/text/theirs_image/shot_2/task_{task}.json")[name]
+                for task, name in names.items()]
+    command("table", *small)
+    rows = read_rows(tmp_path)
+    assert verdicts[1] == {"file": None, "error": "missing"} and "detail" in verdicts[0]
+    assert [row["picture"] for row in rows] == ["ok", "missing"]
+    assert rows[1]["correct"] == "0" and {"vlm_correct", "text_says"} <= rows[0].keys()
 
 
 def test_killed_three_times_and_restarted_is_identical(base, all_methods, tmp_path):
@@ -466,8 +605,8 @@ def test_scores_by_hand_and_swapped_pictures(copycat, images):
     file = copycat / f"exps/copycat_image/shot_2/default/task_5/{p.name}.jpg"
     inputs = CLIPProcessor.from_pretrained(MINI["clip"])(
         text=[" ".join(p.answer[1:])], images=Image.open(file), return_tensors="pt")
-    similarity = clip(**inputs).logits_per_image.item() / clip.logit_scale.exp().item()
-    assert float(rows[5]["similarity"]) == pytest.approx(similarity, abs=1e-3)
+    similarity = clip(**inputs).logits_per_image.item()
+    assert similarity > 1 and float(rows[5]["similarity"]) == pytest.approx(similarity, abs=1e-3)
 
     # two right pictures that share neither noun nor value
     good = [row for row in rows if row["correct"] == row["clip_correct"] == "1"]
@@ -488,6 +627,30 @@ def test_scores_by_hand_and_swapped_pictures(copycat, images):
     assert [row["name"] for row in lowered] == [one["name"], other["name"]]
     assert all(row[key] == "0" for row in lowered
                for key in ("correct", "detail", "object", "clip_correct"))
+
+
+def test_clips_similarity_is_the_benchmarks(images):
+    """To the shown word of what the prompt's words say, the label of what its images share; times
+    the logit scale, at least 0."""
+    image = Image.open(images / "datasets/background_dog/park_dog.jpg")
+    judge = cobsat_eval.load_clip_judge(MINI["clip"], "cpu", torch.bfloat16)
+    clip, processor = CLIPModel.from_pretrained(MINI["clip"]), CLIPProcessor.from_pretrained(
+        MINI["clip"])
+    negative = 0
+    for source, kind, text in (
+            (("m", 2, 3), ("background", "park", "dog"), "amusement park dog"),
+            (("m", 2, 4), ("background", "park", "dog"), "park dog"),
+            (("m", 4, 5), ("style", "3d", "car"), "wireframe car"),
+            (("m", 4, 6), ("style", "3d", "car"), "3d car"),
+            (("m", 2, 1), ("color", "blue", "hat"), "blue hat"),
+            (None, ("texture", "wood", "box"), "wood box")):
+        inputs = processor(text=[text], images=image, return_tensors="pt")
+        with torch.no_grad():
+            logit = clip(**inputs).logits_per_image.item()
+        negative += logit < 0
+        verdict, = judge([image], [kind], source)
+        assert verdict["similarity"] == pytest.approx(max(logit, 0), abs=1e-3), text
+    assert negative
 
 
 def test_missing_and_broken_pictures_are_wrong_and_listed(copycat, images, tmp_path):

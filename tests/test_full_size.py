@@ -3,17 +3,18 @@ through the real command lines.
 
 The models beside them have the full-size widths, one layer and random weights; everything else of
 them is the miniature's."""
+import numpy as np
 import pytest
 import torch
 import transformers
 from diffusers import FluxPipeline
 from PIL import Image
 from safetensors.torch import save_file
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from common import EXAMPLE, MINI
 from helpers import command, complaint
 from references import answer, eq1, load_flux, load_vlm, picture, pixels, released, t5_prompt
-from thinkdiff_clip import preprocess
 
 D_QWEN, D_EVA, D_T5 = 3584, 1408, 4096
 CAR = EXAMPLE / "white_car.png"
@@ -97,7 +98,9 @@ def test_clip_generates(full, tmp_path):
         root / "blip2", key_mapping={r"^vision_model\.": ""}, dtype=torch.float32,
         output_loading_info=True)
     assert not info["missing_keys"]
-    pixel_values = preprocess(Image.open(CAR).convert("RGB"), 224)[None]  # (1, 3, 224, 224)
+    rgb = np.asarray(Image.open(CAR).convert("RGB").resize((224, 224), Image.BICUBIC)) / 255
+    rgb = (rgb - OPENAI_CLIP_MEAN) / OPENAI_CLIP_STD  # (224, 224, 3)
+    pixel_values = torch.tensor(rgb).float().permute(2, 0, 1)[None]  # (1, 3, 224, 224)
     with torch.no_grad():
         seen = tower(pixel_values).last_hidden_state[0]  # (257, 1408)
     grid = seen[1:].reshape(8, 2, 8, 2, D_EVA).mean((1, 3)).flatten(0, 1)  # (64, 1408)

@@ -199,11 +199,31 @@ def test_blip2s_tower_alone(hub, tmp_path):
         assert torch.equal(tensor, files[f"vision_model.{name}"]), name
 
 
-def test_part_weights_converts_and_complains(hub, tmp_path):
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("load, model", [(load_t5, "flan-t5"), (load_t5_decoder, "flan-t5"),
+                                         (load_clip, "blip2"), (load_vlm, "qwen2-vl")])
+def test_tensors_of_fp32_go_to_the_device_one_by_one(hub, monkeypatch, load, model, device):
+    """Converted to bf16, and not by way of a whole model in main memory. meta, which keeps no
+    numbers, stands in for a GPU."""
+    moved, move = [], torch.nn.Module.to
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, *args, **options: (
+        moved.append(self), move(self, *args, **options))[1])
+    # the trial of a VLM's template needs numbers
+    monkeypatch.setattr(transformers.GenerationMixin, "generate", lambda self, **_: None)
+    loaded = load(str(hub / "tiny" / model), torch.device(device), torch.bfloat16)
+    loaded = loaded[0] if load is load_vlm else loaded
+    assert {(x.device.type, x.dtype) for x in loaded.parameters()} == {(device, torch.bfloat16)}
+    assert not moved and not loaded.training
+    whole = load(str(hub / "tiny" / model), "cpu", torch.float32)
+    whole = (whole[0] if load is load_vlm else whole).state_dict()
+    for name, tensor in loaded.state_dict().items():
+        assert device == "meta" or torch.equal(tensor, whole[name].bfloat16()), name
+
+
+def test_part_weights_complains(hub, tmp_path):
     path, last = hub / "tiny/flan-t5", "model-00004-of-00004.safetensors"
-    for dtype, stored in ((torch.bfloat16, torch.bfloat16), (None, torch.float32)):
-        part = part_weights(path, decoder_tensors, dtype)
-        assert {tensor.dtype for tensor in part.values()} == {stored}
+    read = {name: part[...] for name, part in part_weights(path, decoder_tensors).items()}
+    assert {tensor.dtype for tensor in read.values()} == {torch.float32}
     for folder in ("index", "shard", "gone"):
         shutil.copytree(path, tmp_path / folder)
     (tmp_path / "index/model.safetensors.index.json").write_text("{")

@@ -1,13 +1,18 @@
 """images.py: damaged and unusual tars, folders, pictures of every mode, pairs of captions."""
+import hashlib
 import io
 import json
 import os
 import random
+import signal
 import socket
 import struct
+import subprocess
+import sys
 import tarfile
 import threading
 import time
+import tracemalloc
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,7 +21,7 @@ import pytest
 from PIL import Image, ImageCms
 
 import images
-from common import UserError
+from common import REPO, UserError
 from helpers import write_tar
 from images import ImageRef, find_images, index_captions, load_image, open_image
 
@@ -151,6 +156,72 @@ def test_members_that_are_no_plain_files_are_named(tmp_path):
     assert [name[-5:] for name, _ in skipped] == [
         "s.png", "h.png", "f.png", "u.png", "p.png"]
     assert faults == [(f"{tmp_path}/a.tar::b.tar", "an archive in a tar: unpack it first")]
+
+
+def write_many_tars(folder):
+    """14 tars, some cut, one that is none, with archives in them; a picture and a pipe."""
+    folder.mkdir()
+    for i in range(14):
+        data = tar_bytes([("0.txt", b"text"), *MEMBERS[:1 + i % 8], ("b.zip", b"")])
+        (folder / f"{i:02}.tar").write_bytes(data[:len(data) * 2 // 3] if i % 3 else data)
+    (folder / "05.tar").write_bytes(b"no tar")
+    (folder / "055.png").write_bytes(PNG)
+    os.mkfifo(folder / "06-pipe.tar")
+
+
+def test_many_tars_are_read_by_other_processes(tmp_path, monkeypatch):
+    """What is found, skipped and wrong is as if this process had read them, and so is the order."""
+    data, seen, index_tar = tmp_path / "data", tmp_path / "seen", images.index_tar
+    write_many_tars(data)
+    seen.mkdir()
+
+    def watch(path, *lists):
+        # the first one is ready last
+        time.sleep(0.3 * path.endswith("00.tar"))
+        (seen / f"{os.getpid()} {os.path.basename(path)}").touch()
+        return index_tar(path, *lists)
+    monkeypatch.setattr(images, "index_tar", watch)
+    files = sorted(map(str, data.iterdir()))
+    alone = [find_images(files[start:start + 6]) for start in (0, 6, 12)]
+    assert {int(name.split()[0]) for name in os.listdir(seen)} == {os.getpid()}
+    found = find_images([str(data)])
+    assert len(os.listdir(seen)) == 28
+    assert found == tuple(sum(parts, []) for parts in zip(*alone, strict=True))
+    assert len(found[0]) > 40 and len(found[1]) > 1 and len(found[2]) > 14
+
+
+def test_a_killed_process_ends_the_indexing(tmp_path, monkeypatch):
+    write_many_tars(tmp_path / "data")
+    monkeypatch.setattr(images, "index_tar", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(UserError, match="a process that read tars was killed"):
+        find_images([str(tmp_path / "data")])
+
+
+# each process names itself and reads its tar for ever
+ENDLESS = """
+import os, sys, time, images
+from common import cli_main
+images.index_tar = lambda *_: time.sleep(1000 + bool(os.write(1, b"reads\\n")))
+cli_main(lambda: images.find_images(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("stop, end, message", [
+    (os.killpg, signal.SIGINT, "error: interrupted\n"), (os.kill, signal.SIGKILL, "")], ids=str)
+def test_processes_end_with_their_script_and_say_nothing(tmp_path, stop, end, message):
+    """Ctrl-C, which all of them get, and a kill of the script alone, which comes from stdin."""
+    write_many_tars(tmp_path / "data")
+    script = subprocess.Popen(
+        [sys.executable, "-", tmp_path / "data"], cwd=REPO, text=True, start_new_session=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    script.stdin.write(ENDLESS)
+    script.stdin.close()
+    for _ in range(min(os.cpu_count(), 14)):
+        assert script.stdout.readline() == "reads\n"
+    stop(script.pid, end)
+    # the pipes end with the last process
+    assert (script.stdout.read(), script.stderr.read()) == ("", message)
+    assert script.wait() == (130 if end == signal.SIGINT else -9)
 
 
 # ---------------------------------------------------------------- folders
@@ -367,6 +438,38 @@ def test_one_large_picture_at_a_time(monkeypatch):
             chunk(b"IHDR", struct.pack(">2I5B", 13_400, 13_400, 8, 0, 0, 0, 0))))
 
 
+def smooth_jpeg(width, height):
+    """A JPEG of slow changes, which any way to shrink it should keep."""
+    coarse = RNG.integers(0, 256, (height // 100, width // 100, 3), dtype=np.uint8)
+    return encoded(Image.fromarray(coarse).resize((width, height), Image.BICUBIC), "JPEG")
+
+
+@pytest.mark.parametrize("size, drafted, exact", [
+    ((4000, 500), (1000, 125), (512, 64)), ((500, 4000), (125, 1000), (64, 512)),
+    ((4000, 3000), (1000, 750), (512, 384)), ((1536, 1024), (768, 512), (512, 341)),
+    ((2049, 2100), (513, 525), (500, 512)), ((1000, 900), (1000, 900), (512, 461)),
+    ((512, 400), (512, 400), (512, 400))], ids=str)
+def test_jpegs_are_decoded_at_a_fraction(size, drafted, exact):
+    """That the longer side allows, of whatever shape; all ways to 100 px look the same."""
+    data = smooth_jpeg(*size)
+    whole = Image.open(io.BytesIO(data))
+    whole.load()
+    found = open_image(data, max_side=512, exact=False)
+    assert found.size == drafted and open_image(data, max_side=512).size == exact
+    if size == drafted:
+        assert np.array_equal(found, whole)
+    few = [np.asarray(image.resize((100, 100), Image.BICUBIC), int)
+           for image in (found, open_image(data, max_side=512), whole)]
+    for shrunk in few[:2]:
+        assert abs(shrunk - few[2]).max() <= 20 and abs(shrunk - few[2]).mean() < 1.5
+
+
+def test_other_pictures_are_shrunk_if_twice_as_large():
+    for width, expected in ((300, 300), (1024, 1024), (1025, 512)):
+        data = encoded(Image.new("RGB", (width, 200)))
+        assert open_image(data, max_side=512, exact=False).width == expected
+
+
 # ---------------------------------------------------------------- captions
 def test_captions_pair_with_their_picture_or_are_named(tmp_path, capsys):
     root, index = tmp_path / "data", tmp_path / "run/pairs.jsonl"
@@ -401,6 +504,40 @@ def test_captions_pair_with_their_picture_or_are_named(tmp_path, capsys):
     assert "n.png,no caption: neither n.txt nor n.json" in listed and "b.tar" in listed
     for image, _ in pairs:
         assert load_image(image, 64).size == (10, 12)
+
+
+def test_the_index_of_many_tars_is_that_of_a_few_at_a_time(tmp_path):
+    """Lines in their order, sizes of tars, and what is skipped."""
+    write_many_tars(tmp_path / "data")
+    files = sorted(map(str, (tmp_path / "data").glob("*.tar")))
+    parts = {"all": files, "first": files[:7], "second": files[7:13], "third": files[13:]}
+    heads, lines, skipped = {}, {}, {}
+    for name, part in parts.items():
+        index_captions(part, tmp_path / name / "pairs.jsonl")
+        head, *lines[name] = (tmp_path / name / "pairs.jsonl").read_text().splitlines()
+        heads[name] = json.loads(head)["tars"]
+        skipped[name] = (tmp_path / name / "skipped.csv").read_text().splitlines()[1:]
+    for found in (lines, skipped):
+        whole, *few = found.values()
+        assert sorted(whole) == sorted(sum(few, [])) and len(whole) > 8
+    whole, *few = lines.values()
+    assert whole == sum(few, [])
+    whole, *few = heads.values()
+    assert whole == few[0] | few[1] | few[2] and whole[files[0]] == os.path.getsize(files[0])
+
+
+def test_the_index_is_written_as_it_is_read(tmp_path, monkeypatch):
+    """200 times 1,000 pairs in 1/20 of the memory that their lines take."""
+    pairs = [f"{i:0149}\n" for i in range(1000)]
+    monkeypatch.setattr(images, "find_files", lambda *_: ((f"{i}", pairs) for i in range(200)))
+    tracemalloc.start()
+    index_captions(["data"], tmp_path / "pairs.jsonl")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    head, _, body = (tmp_path / "pairs.jsonl").read_bytes().partition(b"\n")
+    assert body.decode() == "".join(pairs) * 200 and peak < len(body) / 20
+    assert json.loads(head)["hash"] == hashlib.blake2b(body).hexdigest()
+    assert [file.name for file in tmp_path.iterdir()] == ["pairs.jsonl"]
 
 
 def test_each_tar_is_read_once(tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ import sys
 import tarfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ import common
 from common import MINI, REPO, UserError
 from helpers import command, complaint, write_tar
 from images import ImageRef, open_image
-from models import encode_messages, load_vlm, teacher_forced_features
+from models import encode_messages, join_inputs, load_vlm, teacher_forced_features
 from prepare_data import load_tokens
 from references import vlm_inputs
 from test_protocol import PROMPTS
@@ -214,6 +215,22 @@ def test_eos_ends_an_answer_only_if_it_may(vlm, inputs, monkeypatch):
     assert torch.equal(generate_with_features(model, inputs, 6, do_sample=False)[0], free)
 
 
+@pytest.mark.parametrize("kind", ["Qwen2VL", "Qwen2_5_VL", "Qwen3VL"])
+def test_inputs_joined_are_those_of_the_processor(family, kind):
+    """Each conversation encoded by itself, by several threads, and then padded: as the processor
+    makes them of all at once, to the bit."""
+    processor = transformers.AutoProcessor.from_pretrained(family[kind])
+    processor.tokenizer.padding_side = "left"
+    chats = [caption_messages(picture(i, (64 + 16 * (i % 5), 64)), i % 16) for i in range(40)]
+    whole = encode_messages(processor, chats)
+    with ThreadPoolExecutor(8) as pool:
+        encoded = list(pool.map(lambda chat: encode_messages(processor, [chat]), chats))
+    joined = join_inputs(encoded, processor.tokenizer.pad_token_id, "cpu")
+    assert joined.keys() == whole.keys() and not whole["attention_mask"].all()
+    for name, tensor in joined.items():
+        assert tensor.dtype == whole[name].dtype and torch.equal(tensor, whole[name]), name
+
+
 # ---------------------------------------------------------------- data through the command line
 def test_shards_hold_what_the_docstring_says(prepared, pictures, vlm):
     meta, data = json.loads((prepared / "meta.json").read_text()), read_data(prepared)
@@ -307,6 +324,21 @@ def test_a_shard_counts_only_once_its_tensors_are_written(prepared, pictures, tm
     line = (*LVLM, "--images", pictures, "--out", tmp_path)
     command(*line, code=130)
     assert [path.name for path in tmp_path.glob("shard-*")] == ["shard-0000000.safetensors"]
+    assert "23 samples to go of 23" in command(*line)[0]
+    assert_same_data(read_data(prepared), read_data(tmp_path))
+
+
+def test_a_full_disk_is_one_line_and_ends_the_run(prepared, pictures, tmp_path, monkeypatch):
+    """A thread writes the shard while the next one is described: its error comes through, and no
+    later shard is written."""
+    def full(path, *_):
+        raise OSError(28, "No space left on device", str(path))
+
+    line = (*LVLM, "--images", pictures, "--out", tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "write_tensors", full)
+        assert "No space left on device. Free some space" in complaint(*line)
+    assert not list(tmp_path.glob("shard-*"))
     assert "23 samples to go of 23" in command(*line)[0]
     assert_same_data(read_data(prepared), read_data(tmp_path))
 

@@ -3,12 +3,17 @@ paper, the other figures from its released code; and every default of every comm
 --mini. Nothing here is imported from the scripts."""
 import functools
 import importlib
+import itertools
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
+from transformers import Qwen2VLProcessor
 
 import cobsat_eval
-from common import REPO
+from common import EXAMPLE, MINI, REPO
 from helpers import command
 from miniature import vlm
 
@@ -34,6 +39,41 @@ INSTRUCTION = (
     "I give you several words and pictures. First, please analyse what the next picture is. Then "
     "give me a detailed diffusion prompt to describe the next picture. Please only provide me the "
     "detailed prompt and start the answer with 'Create an image'.")
+# Qwen2-VL's chat template on the hub, which numbers pictures if asked to
+QWEN_TEMPLATE = """\
+{% set image_count = namespace(value=0) %}{% set video_count = namespace(value=0) %}\
+{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system
+You are a helpful assistant.<|im_end|>
+{% endif %}<|im_start|>{{ message['role'] }}
+{% if message['content'] is string %}{{ message['content'] }}<|im_end|>
+{% else %}{% for content in message['content'] %}\
+{% if content['type'] == 'image' or 'image' in content or 'image_url' in content %}\
+{% set image_count.value = image_count.value + 1 %}\
+{% if add_vision_id %}Picture {{ image_count.value }}: {% endif %}\
+<|vision_start|><|image_pad|><|vision_end|>\
+{% elif content['type'] == 'video' or 'video' in content %}\
+{% set video_count.value = video_count.value + 1 %}\
+{% if add_vision_id %}Video {{ video_count.value }}: {% endif %}\
+<|vision_start|><|video_pad|><|vision_end|>\
+{% elif 'text' in content %}{{ content['text'] }}{% endif %}\
+{% endfor %}<|im_end|>
+{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+# CoBSAT's task 1, prompt 0, as Qwen2-VL reads it
+TWO_SHOTS = (
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+    f"{INSTRUCTION}\n\n"
+    "Word 1: blue, Picture 1: <|vision_start|><|image_pad|><|vision_end|>\n\n"
+    "Word 2: brown, Picture 2: <|vision_start|><|image_pad|><|vision_end|>\n\n"
+    "Word 3: orange, <|im_end|>\n<|im_start|>assistant\n")
+FOUR_SHOTS = (
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+    f"{INSTRUCTION}\n\n"
+    "Word 1: blue, Picture 1: <|vision_start|><|image_pad|><|vision_end|>\n\n"
+    "Word 2: brown, Picture 2: <|vision_start|><|image_pad|><|vision_end|>\n\n"
+    "Word 3: orange, Picture 3: <|vision_start|><|image_pad|><|vision_end|>\n\n"
+    "Word 4: black, Picture 4: <|vision_start|><|image_pad|><|vision_end|>\n\n"
+    "Word 5: red, <|im_end|>\n<|im_start|>assistant\n")
 # CoBSAT's labels in its order, and the two that are shown as other words
 LABELS = {
     "color": "yellow white red purple pink orange green brown blue black".split(),
@@ -66,7 +106,7 @@ LVLM_TRAIN = TRAIN | dict(
     micro_batch=24)
 CLIP_TRAIN = TRAIN | dict(
     vlm=EVA, data=["data/cc3m", "data/cc12m", "data/sbu"], out="runs/clip", steps=100000,
-    batch_size=168, micro_batch=42)
+    batch_size=168, micro_batch=42, captions="lower")
 FLUX_DRAWS = dict(flux=FLUX, seed=0, steps=28, guidance=3.5, true_cfg=1.0)
 DRAW = FLUX_DRAWS | dict(mini=False, offload=False, quantize=False, compile=False, cache=None)
 MINI_FLUX = dict(flux="miniature/weights/flux", size=64, true_cfg=3.0)
@@ -78,11 +118,12 @@ LVLM_GENERATE = GENERATE | dict(
     features="generated", max_new_tokens=128, temperature=0.0, top_p=0.9, t5_length=512)
 CLIP_GENERATE = GENERATE | dict(
     vlm=EVA, aligner="runs/clip/aligner", cogvideox="THUDM/CogVideoX-5b", decoder="flux",
-    image_weight=[], size=1024, frames=49, fps=8, t5_length=128)
-# the last four are those of an aligner that is trained
+    image_weight=[], size=1024, frames=49, fps=8, t5_length=128,
+    empty_text="pad")
+# the last five are those of an aligner that is trained
 EXPLAIN = FLUX_DRAWS | dict(
     mini=False, t5=T5, image="image.jpg", no_picture=False, out="outputs/explain.png",
-    masking="random", features="generated", norm="t5", hidden=None)
+    masking="random", features="generated", norm="t5", hidden=None, captions="raw")
 MINI_EXPLAIN = MINI_FLUX | dict(t5="miniature/weights/t5", image="miniature/example/white_car.png")
 PREPARE = dict(
     mini=False, images=["x"], out="y", count=None, tokens_only=False, features="generated",
@@ -110,12 +151,14 @@ DEFAULTS = {
     "thinkdiff_lvlm.py train": (LVLM_TRAIN, MINI_TRAIN | MINI_LVLM | dict(
         data="data/mini-lvlm", out="runs/mini-lvlm", steps=1500, lr_horizon=1500)),
     "thinkdiff_clip.py train": (CLIP_TRAIN, MINI_TRAIN | MINI_CLIP | dict(
-        data=["data/mini"], out="runs/mini-clip", steps=5000, lr_horizon=5000, hidden=512)),
+        data=["data/mini"], out="runs/mini-clip", steps=5000, lr_horizon=5000, hidden=512,
+        captions="raw")),
     "thinkdiff_lvlm.py generate": (LVLM_GENERATE, MINI_DRAW | MINI_LVLM | LVLM_ALIGNER),
-    "thinkdiff_clip.py generate": (CLIP_GENERATE, MINI_DRAW | MINI_CLIP | CLIP_ALIGNER),
+    "thinkdiff_clip.py generate": (
+        CLIP_GENERATE, MINI_DRAW | MINI_CLIP | CLIP_ALIGNER | dict(empty_text="none")),
     "thinkdiff_clip.py generate --video": (
         CLIP_GENERATE | dict(decoder="cogvideox", steps=50, guidance=6.0, size=None),
-        MINI_DRAW | MINI_CLIP | CLIP_ALIGNER | dict(size=None)),
+        MINI_DRAW | MINI_CLIP | CLIP_ALIGNER | dict(size=None, empty_text="none")),
     "thinkdiff_lvlm.py explain": (
         EXPLAIN | dict(vlm=QWEN, aligner="runs/lvlm/aligner", prompt=0, tokens=64, size=512),
         MINI_EXPLAIN | MINI_LVLM | LVLM_ALIGNER | dict(tokens=40)),
@@ -174,16 +217,71 @@ def test_defaults(line):
     assert named or line.endswith("table")
 
 
+@pytest.fixture
+def read_texts(tmp_path, monkeypatch):
+    """A copy of the miniature's VLM with Qwen2-VL's template, and a list of all that it reads."""
+    folder, texts, call = tmp_path / "qwen2-vl", [], Qwen2VLProcessor.__call__
+    shutil.copytree(MINI["vlm"], folder)
+    (folder / "chat_template.jinja").write_text(QWEN_TEMPLATE)
+
+    def listen(self, *args, text, **options):
+        texts.extend(text)
+        return call(self, *args, text=text, **options)
+    monkeypatch.setattr(Qwen2VLProcessor, "__call__", listen)
+    return folder, texts
+
+
+def test_contexts_as_qwen2_vl_reads_them(read_texts, tmp_path):
+    """CoBSAT's, the same context typed by a user, and one with another instruction."""
+    (folder, texts), images = read_texts, tmp_path / "images"
+    for detail, nouns in NOUNS.items():
+        for value, noun in itertools.product(LABELS[detail], LABELS[nouns]):
+            file = images / f"datasets/{detail}_{noun}/{value}_{noun}.jpg"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (64, 64), value if detail == "color" else "white").save(file)
+    quick = ("--mini", "--vlm", folder, "--steps", 1, "--max-new-tokens", 1, "--out")
+    command("cobsat_eval.py", "generate", *quick, tmp_path / "x", "--images", images, "--tasks", 1,
+            "--shots", 2, 4, "--limit", 1)
+    assert [text for text in texts if "Word 1" in text] == [TWO_SHOTS, FOUR_SHOTS]
+    context, car = [], images / "datasets/color_car"
+    for word in ("Word 1: blue, ", "\n\nWord 2: brown, "):
+        context += ["--text", word, "--image", car / f"{word.split()[-1][:-1]}_car.jpg"]
+    context += ["--text", "\n\nWord 3: orange, "]
+    for more, expected in (([], TWO_SHOTS),
+                           (["--instruction", "Draw."], TWO_SHOTS.replace(INSTRUCTION, "Draw."))):
+        texts.clear()
+        command("thinkdiff_lvlm.py", "generate", *quick, tmp_path / "x.png", "--overwrite",
+                *context, *more)
+        assert texts[-1] == expected
+
+
+def test_an_image_to_be_described_has_no_number(read_texts, tmp_path):
+    folder, texts = read_texts
+    command("prepare_data.py", "lvlm", "--mini", "--vlm", folder, "--tokens", 2,
+            "--images", EXAMPLE / "white_car.png", "--out", tmp_path / "data")
+    assert any(prompt in texts[-1] for prompt in PROMPTS)
+    assert not any("Picture" in text for text in texts)
+
+
 @pytest.mark.parametrize("detail", NOUNS)
 def test_the_judges_questions(detail):
-    """The benchmark's words, in which the miniature's VLM was taught, too."""
+    """The benchmark's words, in which the miniature's VLM was taught, but for a second space."""
     nouns = LABELS[NOUNS[detail]]
     for about_noun, asked, labels in ((False, f"{detail} (of the main object)", LABELS[detail]),
                                       (True, "main object", nouns)):
         options = " ".join(
             f"({i}){SHOWN.get(label, label)}" for i, label in enumerate(labels, 1))
-        question = (f"What is the {asked} in this image? Answer from the following options: "
+        question = (f"What is the {asked} in this image? Answer from the following options:  "
                     f"{options}. Answer the number only and do not include any other texts (e.g., "
                     "1).")
         assert cobsat_eval.judge_question(detail, about_noun) == question
-        assert vlm.judge_question(detail, about_noun, nouns) == question
+        assert vlm.judge_question(detail, about_noun, nouns) == question.replace("  ", " ")
+
+
+def test_the_miniature_is_asked_as_it_was_taught(read_texts):
+    """With one space before (1), and without LLaVA's system sentence: either changes answers."""
+    folder, texts = read_texts
+    judge = cobsat_eval.load_vlm_judge(folder, "cpu", torch.float32)
+    judge([Image.new("RGB", (64, 64))], [("style", "3d", "car")], None)
+    assert texts == [vlm.chat(vlm.IMAGE + vlm.judge_question("style", about_noun, LABELS["object"]))
+                     for about_noun in (False, True)]

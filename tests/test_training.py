@@ -1,7 +1,7 @@
 """`train` of both variants against a loop written here with stock T5, stock CLIP and torch alone.
 
 Imports nothing of the method; the data and every number of the recipe are typed a second time.
-Then checkpoints, resuming and complaints."""
+Then reading of samples, checkpoints, resuming and complaints."""
 import importlib
 import json
 import os
@@ -10,6 +10,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,8 +26,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel, T5ForConditionalGeneration
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
-from common import MINI, REPO
+from common import MINI, REPO, UserError
 from helpers import command, complaint, read_log, write_tar
+from training_data import FeatureDataset, sample_order
 
 # the samples 18 and 19, or 19 alone, are held out
 SAMPLES, SEED, BATCH = 20, 5, 8
@@ -266,6 +270,58 @@ def test_four_steps_equal_a_loop_by_hand(script, processes, options, tmp_path, m
     found = {row["step"]: float(row["held_out_loss"]) for row in rows if row["held_out_loss"]}
     assert found == pytest.approx(held_out_losses, rel=1e-5)
     assert (out / "loss.png").stat().st_size > 1000
+
+
+# ---------------------------------------------------------------- reading samples
+@pytest.mark.parametrize("features", LENGTHS)
+def test_rows_are_those_that_safetensors_reads(features, tmp_path):
+    """By several threads at once, from two shards; x is cut at its length."""
+    write_lvlm_data(tmp_path / "data", features)
+    dataset = FeatureDataset(tmp_path / "data")
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(dataset.__getitem__, [*range(SAMPLES)] * 5))
+    shards = {rank: load_file(tmp_path / f"data/shard-{rank:02}-00000.safetensors")
+              for rank in (0, 1)}
+    for i, (x, y) in enumerate(found):
+        shard, row = shards[1 - i % 2], i % SAMPLES // 2
+        n = shard["lengths"][row] if features == "input" else None
+        assert torch.equal(x, shard["features"][row][:n]) and x.dtype == torch.bfloat16
+        assert torch.equal(y, shard["tokens"][row].long())
+
+
+def test_a_row_is_read_alone(tmp_path):
+    """Linux counts the bytes that a process reads; of a file that is cut later, what is there."""
+    def count():
+        return int(Path("/proc/self/io").read_text().split()[1])
+    write_lvlm_data(tmp_path / "data")
+    dataset = FeatureDataset(tmp_path / "data")
+    dataset[0]
+    read = []
+    for i in (2, 4, 6, 8):
+        start = count()
+        dataset[i]
+        end = count()
+        read.append(end - start - (count() - end))
+    # x (9, 128) bf16, y (9,) int32; more if another thread of the tests reads meanwhile
+    assert min(read) == 9 * 128 * 2 + 9 * 4
+    file = tmp_path / "data/shard-01-00000.safetensors"
+    os.truncate(file, file.stat().st_size - 1)
+    dataset[16]
+    with pytest.raises(UserError, match="cannot use 18.png: .*safetensors is shorter than it was"):
+        dataset[18]
+
+
+def test_the_order_of_an_epoch_is_an_array():
+    n = 10**6
+    tracemalloc.start()
+    found = [*islice(sample_order(n, 7, n - 3), 5)]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    first, second = (torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
+                     for seed in (7, 8))
+    assert found == first[-3:] + second[:2] and {*map(type, found)} == {int}
+    # of torch's own memory nothing is counted
+    assert peak < n
 
 
 # ---------------------------------------------------------------- batches and checkpoints

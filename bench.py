@@ -95,7 +95,14 @@ def timed(step, device):
 
 
 def measure_ceilings(args):
-    """The fastest large matrix product in our dtype, the fastest copy (bytes read and written)."""
+    """The fastest large matrix product in our dtype, the fastest copy (bytes read and written).
+
+    {} for --simulate. Raises UserError for full size without a GPU."""
+    if args.fake:
+        return {}
+    if args.size == "full":
+        require_gpu(args.device)
+
     def seconds(step):
         return statistics.median([timed(step, args.device)[1] for _ in range(23)][3:])
 
@@ -655,8 +662,6 @@ def main():
     if args.simulate:
         args.device, args.size, args.rounds = torch.device("cpu"), "full", 1
         args.fake = FakeTensorMode(allow_non_fake_inputs=True)
-    elif args.size == "full":
-        require_gpu(args.device)
     libraries = (torch, transformers, diffusers)
     for library in libraries[1:]:
         library.utils.logging.disable_progress_bar()
@@ -669,7 +674,7 @@ def main():
     about = {"command": " ".join(sys.argv), "date": date, "size": args.size, "device": device,
              "dtype": str(args.dtype), "seed": args.seed,
              **{library.__name__: library.__version__ for library in libraries}}
-    args.ceilings = {} if args.simulate else measure_ceilings(args)
+    args.ceilings = measure_ceilings(args)
     report = {"about": about, "ceilings": args.ceilings, "rows": [], "bars": []}
     for name, value in {**about, **args.ceilings}.items():
         text = f"{value:.4g}" if isinstance(value, float) else value

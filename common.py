@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -250,6 +251,8 @@ def cli_main(main, *after_interrupt):
     for library in ("transformers", "diffusers"):
         if library in sys.modules:
             sys.modules[library].utils.logging.set_verbosity_error()
+    # the aligner's weights are in fp32, what they meet in bf16
+    warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
     # startup has left Ctrl-C to the system
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)

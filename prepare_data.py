@@ -146,7 +146,7 @@ def load_vllm(args):
 # ---------------------------------------------------------------- plan and shards
 # what decides the data, besides images and prompts
 SETTINGS = ("vlm", "count", "seed", "tokens", "temperature", "top_p", "features", "tokens_only",
-            "max_side")
+            "max_side", "dtype")
 
 
 def make_plan(args):
@@ -215,8 +215,9 @@ def read_plan(out, settings):
     except (FileNotFoundError, ValueError, TypeError, RecursionError) as error:
         return {}, [], [f"other files ({error})"]
     changed = []
+    # older folders have no dtype
     for name, value in settings.items():
-        old = meta.get(name)
+        old = {"dtype": "auto", **meta}.get(name)
         # a model may have moved: the name of its folder counts
         moved = name == "vlm" and Path(str(old)).name == Path(value).name
         if old != value and not moved:

@@ -151,8 +151,8 @@ def decode(data, max_side, exact):
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             pixels = image.width * image.height
             # JPEG only: decodes at a fraction of the size
-            longer = max(*image.size, max_side)
-            image.draft(None, [side * max_side // longer or 1 for side in image.size])
+            shorter = min(image.size) * max_side // max(*image.size, max_side) or 1
+            image.draft(None, [max_side if exact else shorter] * 2)
             # a progressive one takes the memory of the whole all the same
             if "progressive" not in image.info:
                 pixels = image.width * image.height

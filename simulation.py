@@ -292,6 +292,10 @@ class Meter(TorchDispatchMode):
         return parts
 
 
+# CUDA's products take bf16 and give fp32; for a CPU's, the loss copies lm_head in fp32
+cuda_loss_options = partial(torch.nn.LinearCrossEntropyOptions, acc_dtype=torch.bfloat16)
+
+
 def cuda_norm(module, x, forward=torch.nn.RMSNorm.forward):
     """RMSNorm as CUDA runs it: in one kernel, unless the weight is of another dtype."""
     fused = x.dtype == module.weight.dtype
@@ -326,6 +330,7 @@ def simulate(build):
           patch(VaeImageProcessor, "postprocess", lambda _, images, **__: images),
           patch(VideoProcessor, "postprocess_video", lambda _, video, **__: video),
           patch(torch.nn.RMSNorm, "forward", cuda_norm),
+          patch(torch.nn, "LinearCrossEntropyOptions", cuda_loss_options),
           patch(diffusers.DiffusionPipeline, "enable_model_cpu_offload", offload),
           patch(accelerate, "cpu_offload", lambda blocks, device: meter.offload(blocks))):
         job = build()

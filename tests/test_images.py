@@ -213,7 +213,9 @@ def test_processes_end_with_their_script_and_say_nothing(tmp_path, stop, end, me
     write_many_tars(tmp_path / "data")
     script = subprocess.Popen(
         [sys.executable, "-", tmp_path / "data"], cwd=REPO, text=True, start_new_session=True,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        # a job in a shell's background has it ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     script.stdin.write(ENDLESS)
     script.stdin.close()
     for _ in range(min(os.cpu_count(), 14)):

@@ -245,8 +245,10 @@ def test_lines_that_cannot_be_drawn_are_skipped_and_named(tmp_path, variant):
     assert (tmp_path / "out/kept.png").read_text() == "kept"
     out, err = command(*m, "--overwrite")
     assert "drew 3 pictures" in out and "00003.png is the image of an earlier line" in err
-    for name, picture in drawn.items():
-        assert (tmp_path / "out" / name).read_bytes() == picture
+    # a batch of three rounds otherwise than one of two
+    for name in drawn:
+        assert abs(ref.pixels(tmp_path / "out" / name)
+                   - ref.pixels(tmp_path / "good" / name)).max() <= 1
 
 
 def test_no_picture_is_lost(tmp_path, monkeypatch):

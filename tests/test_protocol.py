@@ -97,7 +97,8 @@ LVLM_ALIGNER, CLIP_ALIGNER = (
 TRAIN = dict(
     mini=False, t5=T5, resume=False, workers=8, lr=1e-4, lr_end=8e-5, lr_horizon=200000,
     warmup=2000, weight_decay=0.05, masking="random", norm="t5", hidden=None, held_out=512,
-    log_every=10, eval_every=500, save_every=500, keep=2, compile=False, seed=0)
+    log_every=10, eval_every=500, save_every=500, keep=2, compile=False, seed=0,
+    dtype="auto")
 MINI_TRAIN = dict(
     t5="miniature/weights/t5", batch_size=64, micro_batch=64, workers=2, lr=2e-3, lr_end=2e-4,
     warmup=50, eval_every=100, save_every=100)
@@ -106,8 +107,8 @@ LVLM_TRAIN = TRAIN | dict(
     micro_batch=24)
 CLIP_TRAIN = TRAIN | dict(
     vlm=EVA, data=["data/cc3m", "data/cc12m", "data/sbu"], out="runs/clip", steps=100000,
-    batch_size=168, micro_batch=42, captions="lower")
-FLUX_DRAWS = dict(flux=FLUX, seed=0, steps=28, guidance=3.5, true_cfg=1.0)
+    batch_size=168, micro_batch=42, captions="lower", offload=False)
+FLUX_DRAWS = dict(flux=FLUX, seed=0, steps=28, guidance=3.5, true_cfg=1.0, dtype="auto")
 DRAW = FLUX_DRAWS | dict(mini=False, offload=False, quantize=False, compile=False, cache=None)
 MINI_FLUX = dict(flux="miniature/weights/flux", size=64, true_cfg=3.0)
 MINI_DRAW = MINI_FLUX | dict(batch_size=32, t5_length=48)
@@ -128,14 +129,14 @@ MINI_EXPLAIN = MINI_FLUX | dict(t5="miniature/weights/t5", image="miniature/exam
 PREPARE = dict(
     mini=False, images=["x"], out="y", count=None, tokens_only=False, features="generated",
     backend="transformers", vlm=QWEN, tokens=64, temperature=0.6, top_p=0.9, seed=0, max_side=1024,
-    batch_size=32, shard_size=512, workers=4)
+    batch_size=32, shard_size=512, workers=4, dtype="auto")
 TABLE = dict(
     mini=False, images="data/cobsat", out="results/full", shots=[2, 4], limit=1000, models=[],
     results="results/full", tasks=[1, 2, 3, 4, 5, 6, 7, 8, 9, 10], scale="full size",
     judge=["vlm", "clip"])
 JUDGE = TABLE | dict(
     judge_vlm="llava-hf/llava-1.5-13b-hf", judge_clip="openai/clip-vit-base-patch32",
-    overwrite=False, batch_size=8)
+    overwrite=False, batch_size=8, dtype="auto")
 COBSAT = {name: TABLE[name] for name in TABLE if name not in ("models", "results", "judge")}
 COBSAT |= DRAW | dict(
     vlm=QWEN, aligner="runs/lvlm/aligner", method=["thinkdiff"], max_new_tokens=128, size=512,

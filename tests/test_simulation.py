@@ -180,6 +180,7 @@ def test_simulated_memory_is_real_memory(job, dtype, shrunk, monkeypatch):
         **simulation.T5_XXL, "vocab_size": 4000, "d_model": 256, "d_kv": 32, "d_ff": 512,
         "num_heads": 8, "num_layers": 3, "num_decoder_layers": 5})
     monkeypatch.setattr(simulation, "cuda_norm", torch.nn.RMSNorm.forward)
+    monkeypatch.setattr(simulation, "cuda_loss_options", torch.nn.LinearCrossEntropyOptions)
     args = settings("full", dtype, tokens=32)
     real = job(6, args, 6, longest=True)
     # afterwards AdamW's moments are there

@@ -220,14 +220,25 @@ def prompt_features(model, inputs):
     return [state[mask] for state, mask in zip(states, masks, strict=True)]
 
 
+def load_for_recomputing(data, args, device, dtype):
+    """(VLM, id of its padding token) for --tokens-only data, whose samples then hold the VLM's
+    inputs, made by the threads that read them; None for data with features."""
+    if not data.meta["tokens_only"]:
+        return None
+    model, processor = load_vlm(args.vlm, device, dtype)
+    messages = data.messages
+    data.messages = lambda *of: encode_messages(processor, [messages(*of)]).to(dtype)
+    return model, processor.tokenizer.pad_token_id
+
+
 def recompute_features(vlm, samples, args):
-    """Of --tokens-only data: [(position, conversation, y)] -> [(position, x (N, d_vlm), y)]."""
-    model, processor = vlm
+    """Of --tokens-only data: [(position, inputs, y)] -> [(position, x (N, d_vlm), y)]."""
+    model, pad_token = vlm
     recomputed = []
     for start in range(0, len(samples), args.micro_batch):
         group = samples[start:start + args.micro_batch]
-        positions, conversations, ys = zip(*group, strict=True)
-        inputs = encode_messages(processor, conversations).to(model.device)
+        positions, inputs, ys = zip(*group, strict=True)
+        inputs = join_inputs(inputs, pad_token, model.device)
         if args.features == "input":
             x = prompt_features(model, inputs)
         else:

@@ -238,7 +238,7 @@ def train(args):
     common.start_processes(device)
 
     tokenizers = pretrained(AutoTokenizer, args.vlm), pretrained(AutoTokenizer, args.t5)
-    vlm = models.load_vlm(args.vlm, device, dtype) if data.meta["tokens_only"] else None
+    vlm = models.load_for_recomputing(data, args, device, dtype)
     t5 = models.load_t5_decoder(args.t5, device, dtype)
     if args.compile:
         t5.decoder.compile(dynamic=True)

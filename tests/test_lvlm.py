@@ -14,7 +14,7 @@ from transformers import AutoConfig, T5ForConditionalGeneration
 
 from common import MINI, REPO
 from helpers import command, complaint, read_log
-from models import load_t5, load_t5_decoder, load_vlm, recompute_features
+from models import load_for_recomputing, load_t5, load_t5_decoder, recompute_features
 from test_training import write_clip_data, write_lvlm_data
 from thinkdiff_lvlm import caption_messages, t5_nll
 from training_data import FeatureDataset
@@ -68,8 +68,9 @@ def test_tokens_only_trains_the_same_aligner(tmp_path):
         command(*TRAIN, tmp_path / name, "--out", tmp_path / f"run-{name}", "--steps", 8)
     stored = FeatureDataset(tmp_path / "stored")
     tokens = FeatureDataset(tmp_path / "tokens", caption_messages)
-    vlm, args = load_vlm(MINI["vlm"], "cpu", torch.float32), SimpleNamespace(
-        features="generated", micro_batch=2)
+    args = SimpleNamespace(features="generated", micro_batch=2, vlm=MINI["vlm"])
+    assert load_for_recomputing(stored, args, "cpu", torch.float32) is None
+    vlm = load_for_recomputing(tokens, args, "cpu", torch.float32)
     again = recompute_features(vlm, [(10 + i, *tokens[i]) for i in range(5)], args)
     assert len(again) == 5
     for i, (position, x, y) in enumerate(again):

@@ -58,11 +58,7 @@ def save_memory(t5):
 def load_t5(path, device, dtype, offload=False):
     """A frozen T5ForConditionalGeneration in eval mode.
 
-    offload: the encoder's layers stay in main memory, and each comes to the GPU to run; raises
-    UserError if there is none."""
-    if offload and not torch.cuda.is_available():
-        raise UserError("--offload keeps T5's encoder out of a GPU's memory, and there is no GPU "
-                        "here: leave it out")
+    offload: the encoder's layers stay in main memory, and each comes to the GPU to run."""
     t5 = pretrained_model(T5ForConditionalGeneration, path, dtype=dtype,
                           device_map="cpu" if offload else device)
     t5 = save_memory(t5).requires_grad_(False).eval()

@@ -37,13 +37,16 @@ TENSORS = ("model.safetensors", "optimizer.safetensors")
 
 
 def check_run_folder(args):
-    """Locks --out. Raises UserError unless it fits --resume and the batch can be shared.
+    """Locks --out. Raises UserError unless it fits --resume and the flags fit the machine.
 
     --resume without a checkpoint begins a run, so that one command serves start and restart."""
     out, (rank, world, _) = Path(args.out), torchrun_ranks()
     if args.batch_size % world:
         raise UserError(f"--batch-size {args.batch_size} cannot be shared by {world} processes: "
                         f"choose a multiple of {world}")
+    if vars(args).get("offload") and not torch.cuda.is_available():
+        raise UserError("--offload keeps T5's encoder out of a GPU's memory, and there is no GPU "
+                        "here: leave it out")
     common.lock_folder(out)
     begun = any(out.glob(CHECKPOINTS))
     if rank == 0 and (begun and not args.resume or not begun and (out / "aligner").exists()):

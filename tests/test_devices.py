@@ -16,6 +16,7 @@ import common
 import models
 import thinkdiff_clip
 import thinkdiff_lvlm
+import training_run
 from common import EXAMPLE, MINI
 from helpers import command, read_log
 from test_training import write_clip_data, write_lvlm_data
@@ -169,14 +170,15 @@ def test_training(gpu, tmp_path, script, write):
 
 
 def test_training_with_offload(gpu, tmp_path, monkeypatch):
-    load = models.load_t5
-
-    def load_with_gpu(*args):
-        with monkeypatch.context() as patch:
-            patch.setattr(torch.cuda, "is_available", lambda: True)
-            patch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
-            return load(*args)
-    monkeypatch.setattr(models, "load_t5", load_with_gpu)
+    def with_gpu(function):
+        def call(*args):
+            with monkeypatch.context() as patch:
+                patch.setattr(torch.cuda, "is_available", lambda: True)
+                patch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+                return function(*args)
+        return call
+    for module, name in ((models, "load_t5"), (training_run, "check_run_folder")):
+        monkeypatch.setattr(module, name, with_gpu(getattr(module, name)))
     write_clip_data(tmp_path / "data")
     command("thinkdiff_clip.py", "train", *TRAIN, tmp_path / "data", "--out", tmp_path / "run",
             "--steps", 1, "--offload")

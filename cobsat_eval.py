@@ -81,6 +81,7 @@ from pipelines import (
     vlm_options,
 )
 from thinkdiff_lvlm import INFERENCE, INSTRUCTION, context_messages, generate_with_features
+from training_data import digest
 
 HUB = "https://huggingface.co/datasets/yzeng58/CoBSAT"
 
@@ -288,13 +289,13 @@ def fingerprint(path, files=None):
     if files is None:
         files = [file for file in (path, *path.rglob("*")) if file.suffix in MODEL_FILES
                  and "/." not in str(file)[len(str(path)):]]
-    digest = hashlib.blake2b(digest_size=8)
+    hash = hashlib.blake2b(digest_size=8)
     for file in sorted(file for file in files if file.is_file()):
         with file.open("rb") as opened:
             size = opened.seek(0, 2)
             opened.seek(max(0, size - 65536))
-            digest.update(f"{file.name} {size} ".encode() + opened.read())
-    return f"{path.name} {digest.hexdigest()}"
+            hash.update(f"{file.name} {size} ".encode() + opened.read())
+    return f"{path.name} {hash.hexdigest()}"
 
 
 def check_settings(args, folders):
@@ -591,9 +592,6 @@ def load_clip_judge(path, device, _):
 
 LOAD_JUDGE = {"vlm": load_vlm_judge, "clip": load_clip_judge, "text": load_vlm_judge}
 JUDGES = ["vlm", "clip"]
-# of a verdict that is no error
-ANSWERS = dict.fromkeys(LOAD_JUDGE, {"detail": str, "object": str})
-ANSWERS["clip"] = ANSWERS["clip"] | {"similarity": float}
 
 
 class JudgingTask(NamedTuple):
@@ -630,19 +628,13 @@ def judging_tasks(args):
 
 def read_verdicts(args, task):
     """{judge: {name: verdict}}; a verdict holds the hash of what was judged ("file") and "detail"
-    and "object", the judge's answers, or "error"."""
+    and "object", the judge's answers, or "error". What is not as run_judge wrote it is left out."""
     read = {name: read_object(args.out / "verdicts" / name / task.verdict_file)
             for name in args.judge}
     return {judge: {name: verdict for name, verdict in verdicts.items()
-                    if is_verdict(verdict, judge)} for judge, verdicts in read.items()}
-
-
-def is_verdict(verdict, judge):
-    """Whether it is as run_judge writes it; what is not is judged again."""
-    if not isinstance(verdict, dict) or "file" not in verdict:
-        return False
-    fields = {"error": str} if "error" in verdict else ANSWERS[judge]
-    return all(isinstance(verdict.get(name), kind) for name, kind in fields.items())
+                    if isinstance(verdict, dict)
+                    and verdict.pop("hash", None) == digest(json.dumps(verdict).encode())}
+            for judge, verdicts in read.items()}
 
 
 def read_item(judge, source, path, answer, decode=True):
@@ -655,7 +647,7 @@ def read_item(judge, source, path, answer, decode=True):
         return {**verdict, "error": "missing"}, None
     try:
         data = path.read_bytes()
-        verdict["file"] = hashlib.blake2b(data, digest_size=8).hexdigest()
+        verdict["file"] = digest(data)
         if not decode:
             return verdict, None
         if judge != "text":
@@ -703,7 +695,9 @@ def run_judge(args, name, path, tasks):
             new = judge_batch(name, task, batch, verdicts, load)
             if new:
                 verdicts.update(new)
-                write_json(args.out / "verdicts" / name / task.verdict_file, verdicts)
+                write_json(args.out / "verdicts" / name / task.verdict_file, {
+                    item: {**verdict, "hash": digest(json.dumps(verdict).encode())}
+                    for item, verdict in verdicts.items()})
 
 
 def judge_paths(args):

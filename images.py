@@ -199,11 +199,6 @@ def open_image(source, name=None, max_side=4096, exact=True):
     return image
 
 
-def load_image(ref, max_side, exact=True):
-    """The image of an ImageRef as open_image returns it. Raises UserError if it is unreadable."""
-    return open_image(ref, max_side=max_side, exact=exact)
-
-
 # ---------------------------------------------------------------- finding
 def file_suffix(name):
     """'.jpg' of 'a/b.JPG'."""

@@ -41,7 +41,7 @@ from transformers import AutoConfig, AutoProcessor
 import common
 import models
 from common import MINI, MODELS, UserError, first_line, number, positive, pretrained, torchrun_ranks
-from images import ImageRef, find_images, load_image
+from images import ImageRef, find_images, open_image
 from thinkdiff_lvlm import PROMPTS, caption_messages, generate_with_features
 from training_data import digest, read_shards
 
@@ -247,7 +247,7 @@ def first_prompt_length(args, plan):
     processor = pretrained(AutoProcessor, args.vlm)
     for ref in plan:
         try:
-            messages = caption_messages(load_image(ref, args.max_side), 0)
+            messages = caption_messages(open_image(ref, max_side=args.max_side), 0)
             return models.encode_messages(processor, [messages])["input_ids"].shape[1]
         except UserError:
             continue
@@ -340,7 +340,7 @@ def load_batches(args, plan, indices, encode):
         ref = plan[index]
         prompt = ref.random(args.seed, "prompt") % len(PROMPTS)
         try:
-            image = load_image(ref, args.max_side)
+            image = open_image(ref, max_side=args.max_side)
         except UserError as error:
             tqdm.write(f"skipped: {error}", file=sys.stderr)
             return {"index": index, "key": ref.key, "reason": str(error)}, None

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from common import UserError, first_line, is_mini, read_json, torchrun_ranks
-from images import ImageRef, index_captions, load_image
+from images import ImageRef, index_captions, open_image
 
 
 # ------------------------------------------------------- ThinkDiff-LVLM: tokens and features
@@ -146,7 +146,7 @@ class FeatureDataset:
             raise UserError(f"cannot use {self.name(i)}: it has negative tokens")
         if self.meta["tokens_only"]:
             record = self.rows[i][2]
-            image = load_image(ImageRef(*record["sample"]), self.meta["max_side"])
+            image = open_image(ImageRef(*record["sample"]), max_side=self.meta["max_side"])
             return self.messages(image, record["prompt"]), y
         x = self.tensor(i, "features")
         if self.meta["features"] == "input":

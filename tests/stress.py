@@ -671,13 +671,13 @@ def keep_pixels(notes):
     import numpy as np
 
     import prepare_data
-    load = prepare_data.load_image
+    load = prepare_data.open_image
 
     def keep(ref, *args, **options):
         image = load(ref, *args, **options)
         notes[tuple(ref)] = np.asarray(image)
         return image
-    prepare_data.load_image = keep
+    prepare_data.open_image = keep
 
 
 def prepare(case, *sources):

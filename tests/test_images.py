@@ -23,7 +23,7 @@ from PIL import Image, ImageCms
 import images
 from common import REPO, UserError
 from helpers import write_tar
-from images import ImageRef, find_images, index_captions, load_image, open_image
+from images import ImageRef, find_images, index_captions, open_image
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (12, 10, 3), dtype=np.uint8)
@@ -505,7 +505,7 @@ def test_captions_pair_with_their_picture_or_are_named(tmp_path, capsys):
     assert listed.count("2 pictures, but 1 captions have this name") == 2
     assert "n.png,no caption: neither n.txt nor n.json" in listed and "b.tar" in listed
     for image, _ in pairs:
-        assert load_image(image, 64).size == (10, 12)
+        assert open_image(image, max_side=64).size == (10, 12)
 
 
 def test_the_index_of_many_tars_is_that_of_a_few_at_a_time(tmp_path):

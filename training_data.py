@@ -71,9 +71,9 @@ def check_tensors(stem, content, n_samples):
 class FeatureDataset:
     """What `prepare_data.py lvlm` wrote to a folder: dataset[i] -> x (N, d_vlm) bf16, y (N,) int64.
 
-    Of --tokens-only data x is messages(image, prompt number); models.load_for_recomputing changes
-    it. args: checked against the data if given. Only an index is kept in memory: the features are
-    780 GB at full size. meta: the settings of the data."""
+    Of --tokens-only data x is messages(image, prompt number): the conversation, or after
+    models.load_for_recomputing the VLM's inputs. args: checked against the data if given. Only an
+    index is kept in memory: the features are 780 GB at full size. meta: the data's settings."""
 
     def __init__(self, folder, messages=None, args=None):
         meta, plan = Path(folder, "meta.json"), Path(folder, "plan.jsonl")

@@ -371,7 +371,7 @@ def lvlm_job(micro_batch, args, batch, ours=True, compile=False, longest=False):
     for position in range(batch):
         x = torch.randn(args.tokens, d_vlm, generator=g).bfloat16()
         samples.append(
-            (x[:-1], y[1:]) if longest else thinkdiff_lvlm.split(x, y, position, args))
+            (x[:-1], y[:-1], y[1:]) if longest else thinkdiff_lvlm.split(x, y, position, args))
     collate = partial(thinkdiff_lvlm.collate, tokenizers=tokenizers, device=args.device)
     return training_job(thinkdiff_lvlm, t5, d_vlm, samples, collate, micro_batch, args, ours)
 

@@ -37,6 +37,7 @@ from transformers import AutoTokenizer, CLIPVisionModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 import common
+import encoder_term
 import inspection
 import models
 import pipelines
@@ -65,8 +66,10 @@ TRAINING = [
      "[paper] the RMSNorm's weight starts from T5's or from 1 (default); none: no norm (Fig. 7)"),
     ("--captions", ("lower", "raw"), "lower", "raw",
      "[release] lower: lower case, at most 50 words, a space for each of . ! \" ( ) * # : ; ~"),
-    # T5-XXL is 3 x as wide as ViT-g, the miniature's T5 a third of its CLIP: too narrow
+    # T5-XXL is wide enough for either encoder's features, the miniature's T5 is not
     ("--hidden", positive, None, 512, "[paper] width between the aligner's layers: T5's"),
+    ("--encoder-loss", number(float, 0), 0.0, 0.0,
+     "[ours] weight of the encoder term (encoder_term.py, docs/METHOD.md); 0: the paper's loss"),
     ("--offload", bool, False, False, "[ours] T5's encoder in main memory: 9.3 GB less, slower"),
 ]
 ADAM_BETAS = (0.9, 0.999)  # [release]
@@ -210,6 +213,7 @@ def train(args):
     if args.compile:
         clip.compile()
         t5.decoder.compile(dynamic=True)
+    find_targets = encoder_term.target_finder(args, t5, t5_tokenizer, data, n_train)
     aligner = new_aligner(t5, clip.config.hidden_size, args)
     optimizer = new_optimizer(aligner, args)
     run = training_run.TrainingRun(args, data, n_train, aligner, optimizer)
@@ -220,7 +224,7 @@ def train(args):
         """Reads ahead, splits and collates: for each batch a list of micro-batches."""
         for samples in training_data.read_ahead(data, batches, args.workers):
             splits = [(pixels, *split(text, position, args)) for position, pixels, text in samples]
-            yield [collate(group, t5_tokenizer, clip, t5)
+            yield [(find_targets(group), *collate(group, t5_tokenizer, clip, t5))
                    for group in training_data.micro_batches(splits, args.micro_batch)]
 
     @torch.no_grad()
@@ -228,7 +232,7 @@ def train(args):
         """Mean cross-entropy of a token in the held-out samples, always with the same splits."""
         batches = training_data.held_out_batches(data, n_train, args.batch_size)
         total = torch.zeros(2)
-        for x, t1, mask, labels in itertools.chain.from_iterable(decoder_batches(batches)):
+        for _, x, t1, mask, labels in itertools.chain.from_iterable(decoder_batches(batches)):
             with autocast:
                 x_aligned = torch.cat([aligner(x), t1], dim=1)
             total += torch.stack(t5_nll(t5, x_aligned, mask, labels)).cpu()
@@ -237,18 +241,23 @@ def train(args):
     batches = training_data.training_batches(n_train, args, run.step)
     for micro_batches in run.steps(decoder_batches(batches)):
         lr = learning_rate(run.step, args)
-        n_tokens = torch.zeros((), device=device)
-        for *_, labels in micro_batches:
+        n_tokens, n_targets = torch.zeros(2, device=device)
+        for targets, *_, labels in micro_batches:
             n_tokens += (labels != -100).sum()
+            n_targets += targets[1].sum() if targets else 1
         # the mean is over the tokens of the whole step, however they are spread
-        common.sum_over_processes(n_tokens)
+        common.sum_over_processes(n_tokens, n_targets)
         loss = torch.zeros((), device=device)
-        for x, t1, mask, labels in micro_batches:
+        for targets, x, t1, mask, labels in micro_batches:
             with autocast:
                 x_aligned = torch.cat([aligner(x), t1], dim=1)  # Eq. 1, [x' ; t1]: (B, S, d_t5)
             nll, _ = t5_nll(t5, x_aligned, mask, labels)  # Eq. 4
-            (nll / n_tokens).backward()
-            loss += nll.detach() / n_tokens
+            part = nll / n_tokens
+            if targets:
+                distance = encoder_term.distance(x_aligned[:, :x.shape[1]], *targets)
+                part = part + args.encoder_loss * distance / n_targets
+            part.backward()
+            loss += part.detach()
         common.sum_over_processes(*(p.grad for p in aligner.parameters()))
         for group in optimizer.param_groups:
             group["lr"] = lr

@@ -34,6 +34,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, LogitsProcessorList
 
 import common
+import encoder_term
 import inspection
 import models
 import pipelines
@@ -63,7 +64,10 @@ TRAINING = [
     FEATURES,
     ("--norm", NORMS, "t5", "t5",
      "[paper] the RMSNorm's weight starts from T5's or from 1 (default); none: no norm (Fig. 7)"),
-    ("--hidden", positive, None, None, "[paper] width between the aligner's layers: T5's"),
+    # T5-XXL is wide enough for either encoder's features, the miniature's T5 is not
+    ("--hidden", positive, None, 512, "[paper] width between the aligner's layers: T5's"),
+    ("--encoder-loss", number(float, 0), 0.0, 0.0,
+     "[ours] weight of the encoder term (encoder_term.py, docs/METHOD.md); 0: the paper's loss"),
 ]
 ADAM_BETAS = (0.9, 0.999)  # [release]
 WARMUP_FROM = 1e-6  # [release] learning rate at step 0
@@ -151,23 +155,23 @@ def generate_with_features(model, inputs, max_new_tokens, *, ignore_eos=True, do
 
 # ----------------------------------------------------------------------------------- masking
 def split(x, y, position, args):
-    """The features x_1..x_s and the tokens y_{s+1}..y_N to be written; x (N, d_vlm), y (N,).
+    """The features x_1..x_s, their tokens, and y_{s+1}..y_N to be written; x (N, d_vlm), y (N,).
 
     The split depends on the seed and the sample's position in the training stream.
     --masking none (Table 3): all features, all tokens; so too for features of the prompt's tokens,
     none of which is to be written."""
     if args.masking == "none" or args.features == "input":
-        return x, y
+        return x, y, y
     s = random.Random(f"{args.seed} {position}").randint(1, len(y) - 1)
-    return x[:s], y[s:]
+    return x[:s], y[:s], y[s:]
 
 
-def collate(pairs, tokenizers, device):
-    """[(x, y)] -> x (B, S, d_vlm) right-padded, its mask (B, S), labels (B, L).
+def collate(triples, tokenizers, device):
+    """Of split's -> x (B, S, d_vlm) right-padded, its mask (B, S), labels (B, L).
 
     The target is text: decoded by the VLM's tokenizer, encoded by T5's, which adds EOS. Padding of
     the labels is -100, which the loss ignores."""
-    xs, ys = zip(*pairs, strict=True)
+    xs, _, ys = zip(*triples, strict=True)
     vlm_tokenizer, t5_tokenizer = tokenizers
     x = pad_sequence(xs, batch_first=True)  # (B, S, d_vlm)
     mask = pad_sequence([torch.ones(len(x), dtype=torch.long) for x in xs], batch_first=True)
@@ -239,9 +243,11 @@ def train(args):
 
     tokenizers = pretrained(AutoTokenizer, args.vlm), pretrained(AutoTokenizer, args.t5)
     vlm = models.load_for_recomputing(data, args, device, dtype)
-    t5 = models.load_t5_decoder(args.t5, device, dtype)
+    load_t5 = models.load_t5 if args.encoder_loss else models.load_t5_decoder
+    t5 = load_t5(args.t5, device, dtype)
     if args.compile:
         t5.decoder.compile(dynamic=True)
+    find_targets = encoder_term.target_finder(args, t5, tokenizers)
     aligner = new_aligner(t5, data.meta["d_vlm"], args)
     optimizer = new_optimizer(aligner, args)
     run = training_run.TrainingRun(args, data, n_train, aligner, optimizer)
@@ -254,7 +260,7 @@ def train(args):
             if vlm:
                 samples = models.recompute_features(vlm, samples, args)
             splits = [split(x, y, position, args) for position, x, y in samples]
-            yield [collate(group, tokenizers, device)
+            yield [(find_targets(group), *collate(group, tokenizers, device))
                    for group in training_data.micro_batches(splits, args.micro_batch)]
 
     @torch.no_grad()
@@ -262,7 +268,7 @@ def train(args):
         """Mean cross-entropy of a token in the held-out samples, always with the same splits."""
         batches = training_data.held_out_batches(data, n_train, args.batch_size)
         total = torch.zeros(2)
-        for x, mask, labels in itertools.chain.from_iterable(decoder_batches(batches)):
+        for _, x, mask, labels in itertools.chain.from_iterable(decoder_batches(batches)):
             with autocast:
                 x_aligned = aligner(x)
             total += torch.stack(t5_nll(t5, x_aligned, mask, labels)).cpu()
@@ -271,18 +277,23 @@ def train(args):
     batches = training_data.training_batches(n_train, args, run.step)
     for micro_batches in run.steps(decoder_batches(batches)):
         lr = learning_rate(run.step, args)
-        n_tokens = torch.zeros((), device=device)
-        for *_, labels in micro_batches:
+        n_tokens, n_targets = torch.zeros(2, device=device)
+        for targets, *_, labels in micro_batches:
             n_tokens += (labels != -100).sum()
+            n_targets += targets[1].sum() if targets else 1
         # the mean is over the tokens of the whole step, however they are spread
-        common.sum_over_processes(n_tokens)
+        common.sum_over_processes(n_tokens, n_targets)
         loss = torch.zeros((), device=device)
-        for x, mask, labels in micro_batches:
+        for targets, x, mask, labels in micro_batches:
             with autocast:
                 x_aligned = aligner(x)  # Eq. 1: (B, S, d_t5)
             nll, _ = t5_nll(t5, x_aligned, mask, labels)  # Eq. 2
-            (nll / n_tokens).backward()
-            loss += nll.detach() / n_tokens
+            part = nll / n_tokens
+            if targets:
+                distance = encoder_term.distance(x_aligned[:, :x.shape[1]], *targets)
+                part = part + args.encoder_loss * distance / n_targets
+            part.backward()
+            loss += part.detach()
         common.sum_over_processes(*(p.grad for p in aligner.parameters()))
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -383,7 +394,7 @@ def explain(args):
         "x'  aligned": x_aligned,
         "x'  new aligner, norm from T5 (section 3.2)": new_aligner(t5.model, x.shape[-1], args)(x),
         "x'  new aligner, norm of ones": Aligner(x.shape[-1], t.shape[-1]).to(device)(x)})
-    x_prefix, y_rest = split(x, y, 2, args)
+    x_prefix, _, y_rest = split(x, y, 2, args)
     prefix, target = decode(y[:len(x_prefix)]), decode(y_rest)
     t1 = t5.encode(prefix)[0]
     inspection.print_split(t5, prefix, target, aligner(x_prefix), t1)

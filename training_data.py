@@ -112,6 +112,9 @@ class FeatureDataset:
         if features != args.features:
             raise UserError(f"{args.data} holds features of {features} tokens: pass --features "
                             f"{features}, or prepare other data")
+        if args.encoder_loss and features == "input":
+            raise UserError("--encoder-loss compares features of generated tokens with T5's of the "
+                            "same words; features of input tokens have none: leave it out")
         if n_tokens < 2 and args.masking == "random":
             raise UserError(f"the samples of {args.data} have {n_tokens} token: a random split "
                             "needs at least 2; prepare longer ones or use --masking none")
@@ -216,7 +219,12 @@ class ImageCaptionDataset:
 
     def __getitem__(self, i):
         """Any number of threads may call it. Raises UserError if a file cannot be read."""
-        image, caption = self.refs(i)
+        caption = self.caption(i)
+        return self.load(self.refs(i)[0]), caption
+
+    def caption(self, i):
+        """The caption of sample i. Raises UserError if it cannot be read."""
+        caption = self.refs(i)[1]
         try:
             with open(caption.path, "rb") as file:
                 file.seek(caption.offset)
@@ -230,7 +238,7 @@ class ImageCaptionDataset:
             raise UserError(f"the caption {caption.key} is no text in UTF-8") from None
         if not text:
             raise UserError(f"the caption {caption.key} is empty")
-        return self.load(image), text
+        return text
 
 
 # ------------------------------------------------------------- which samples, in which order

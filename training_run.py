@@ -27,9 +27,9 @@ from training_data import training_batches
 # names of their folders, so that a run may be resumed after they have moved.
 SETTINGS = ("data", "vlm", "t5", "batch_size", "lr", "lr_end", "lr_horizon", "warmup",
             "weight_decay", "masking", "features", "norm", "hidden", "seed", "held_out", "captions",
-            "dtype")
+            "dtype", "encoder_loss")
 # of checkpoints of earlier versions, which had no such flags
-EARLIER = {"captions": "raw", "dtype": "auto"}
+EARLIER = {"captions": "raw", "dtype": "auto", "encoder_loss": 0.0}
 MODEL_SETTINGS = ("vlm", "t5")
 # nothing else in --out is ever read as a checkpoint, or deleted
 CHECKPOINTS = "checkpoint-" + 7 * "[0-9]"

@@ -4,17 +4,17 @@
     python -m miniature draw --out data/mini --count 20000
     # the 500 pictures in CoBSAT's folders, none of which is seen in training
     python -m miniature cobsat --out data/cobsat
-    # rebuild miniature/weights: t5, vae, clip, vlm, flux (about four hours on two cores)
+    # train everything in miniature/weights again, to build/weights
     python -m miniature train
-    # only these
-    python -m miniature train clip vlm
+    # only these, with another seed
+    python -m miniature train clip vlm --seed 1 --build build-1 --weights build-1/weights
     # how good each stand-in is on held-out pictures
     python -m miniature check --json results/check.json
     # all 500 kinds of picture on one page
     python -m miniature sheet --out outputs/world.png
 
 A stand-in is the real model's class with a tiny configuration; every script loads it by path like
-the real model. `train` resumes after a kill from what it left in build/.
+the real model. `train` resumes after a kill from what it left in --build.
 """
 import startup
 
@@ -27,6 +27,7 @@ import random
 import subprocess
 import sys
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from PIL import Image
@@ -35,6 +36,7 @@ from tqdm import tqdm
 import common
 from cobsat_eval import DETAILS, KINDS, NOUNS
 from common import UserError, cli_main, write_atomically, write_json
+from miniature import WEIGHTS
 from miniature.world import SIZE, caption, draw
 
 # samples a tar
@@ -120,24 +122,40 @@ def draw_sheet(args):
 
 
 # ---------------------------------------------------------------- stand-ins
+def run_training(name, args, n_processes=1, output=None):
+    """Trains one of STAND_INS in processes of its own; output: a file for what they print."""
+    command = [sys.executable, "-m"]
+    if n_processes > 1:
+        command += ["torch.distributed.run", "--standalone",
+                    "--nproc_per_node", str(n_processes), "-m"]
+    command += [f"miniature.{name}", "--build", args.build, "--weights", args.weights,
+                "--seed", str(args.seed)]
+    print(f"[{name}]", " ".join(command[1:]), flush=True)
+    code = subprocess.run(command, cwd=common.REPO, env={**os.environ, **FAST_MALLOC},
+                          stdout=output, stderr=output).returncode
+    if code:
+        where = output.name if output else "above"
+        raise UserError(f"training of {name} ended with code {code}: see {where}; the same "
+                        "command resumes from the last saved state")
+
+
 def train(args):
-    """`train`: each stand-in in a process of its own; FLUX in two where there are two cores."""
-    names = args.names or STAND_INS
-    for name in names:
-        command = [sys.executable, "-m"]
-        if name == "flux" and (os.cpu_count() or 1) > 1:
-            command += ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
-        command.append(f"miniature.{name}")
-        print(f"[{name}]", " ".join(command[1:]), flush=True)
-        environment = {**os.environ, **FAST_MALLOC}
-        code = subprocess.run(command, cwd=common.REPO, env=environment).returncode
-        if code:
-            raise UserError(f"training of {name} ended with code {code}: see above; the same "
-                            "command resumes from the last saved state")
-    if "flux" in names:
-        # imports diffusers, which takes seconds
-        from miniature import flux
-        flux.assemble()
+    """`train`: on two cores the VLM, which takes longest, beside T5, VAE and CLIP; then FLUX."""
+    args.build, args.weights = (os.path.abspath(path) for path in (args.build, args.weights))
+    os.makedirs(args.build, exist_ok=True)
+    names = [name for name in STAND_INS if not args.names or name in args.names]
+    n_cores = min(2, os.cpu_count() or 1)
+    with ThreadPoolExecutor(1) as beside, open(f"{args.build}/vlm.log", "a") as log:
+        vlm = None
+        if "vlm" in names and n_cores > 1:
+            vlm = beside.submit(run_training, "vlm", args, output=log)
+            names.remove("vlm")
+        for name in names:
+            if name == "flux" and vlm:
+                vlm.result()
+            run_training(name, args, n_cores if name == "flux" else 1)
+        if vlm:
+            vlm.result()
 
 
 def check(args):
@@ -183,13 +201,17 @@ def main():
     add_command(commands, "sheet", draw_sheet, "contact sheet of the 500 kinds of picture",
                 ("--out", str, "outputs/world.png", "PNG"))
 
-    p = add_command(commands, "train", train, "rebuild the stand-ins in miniature/weights")
+    p = add_command(commands, "train", train, "train the stand-ins from scratch",
+                    ("--build", str, "build", "folder for caches and states"),
+                    ("--weights", str, "build/weights", "folder for the stand-ins"),
+                    ("--seed", common.number(int, 0), 0, "of weights, batches and noise"))
     p.add_argument("names", nargs="*", type=one_of(STAND_INS), metavar="NAME",
                    help=f"any of {', '.join(STAND_INS)} (none: all)")
 
     p = add_command(commands, "check", check, "accuracy of the stand-ins on held-out pictures",
-                    ("--aligner", str, common.MINI["aligner"], "for lvlm"),
-                    ("--clip-aligner", str, common.MINI["aligner-clip"], "for compose"),
+                    ("--weights", str, str(WEIGHTS), "folder of the stand-ins"),
+                    ("--aligner", str, None, "for lvlm; WEIGHTS/aligner-lvlm if not given"),
+                    ("--clip-aligner", str, None, "for compose; WEIGHTS/aligner-clip if not given"),
                     ("--count", common.count, 500, "questions or pictures of each sort"),
                     ("--json", str, None, "also write the figures to this file"))
     p.add_argument("names", nargs="*", type=one_of(CHECKS), metavar="NAME",

@@ -14,8 +14,8 @@ import thinkdiff_clip
 import thinkdiff_lvlm
 from aligner import load_aligner
 from cobsat_eval import DETAILS, KINDS, NOUNS, shown_word
-from common import MINI, REPO, write_atomically, write_json
-from miniature import WEIGHTS, clip, flux, t5, vlm
+from common import REPO, write_atomically, write_json
+from miniature import clip, flux, t5, vlm
 from miniature.pictures import held_out_image
 from miniature.world import SIZE, with_article
 
@@ -27,16 +27,19 @@ GUIDANCE = 3.5
 def check(args):
     """Prints the accuracies of the stand-ins and of ThinkDiff, and writes them to --json."""
     stand_ins = {"t5": t5, "clip": clip, "vlm": vlm, "flux": flux}
+    weights = Path(args.weights)
     results = {}
     for name in (*stand_ins, "lvlm", "compose"):
         if args.names and name not in args.names:
             continue
         if name == "lvlm":
-            results[name] = check_lvlm(args.aligner, args.count)
+            results[name] = check_lvlm(
+                weights, args.aligner or weights / "aligner-lvlm", args.count)
         elif name == "compose":
-            results[name] = check_compose(args.clip_aligner, args.count)
+            results[name] = check_compose(
+                weights, args.clip_aligner or weights / "aligner-clip", args.count)
         else:
-            results[name] = stand_ins[name].check(WEIGHTS, args.count)
+            results[name] = stand_ins[name].check(weights, args.count)
         print(name, json.dumps(results[name], indent=1), flush=True)
     if args.json:
         write_json(args.json, {"count": args.count, **results})
@@ -88,9 +91,9 @@ def in_context_questions(count, seed):
 
 
 @torch.no_grad()
-def answer_questions(questions, batch):
+def answer_questions(path, questions, batch):
     """The VLM's answers: their words, and their features [x (n, d_vlm)]."""
-    model, processor = models.load_vlm(MINI["vlm"], "cpu", torch.float32)
+    model, processor = models.load_vlm(str(path), "cpu", torch.float32)
     words, features = [], []
     for start in tqdm(range(0, len(questions), batch), "answering"):
         chats = [thinkdiff_lvlm.context_messages(parts, thinkdiff_lvlm.INSTRUCTION)
@@ -104,7 +107,7 @@ def answer_questions(questions, batch):
     return words, features
 
 
-def check_lvlm(aligner_path, count, seed=0, batch=50, steps=28, true_cfg=3.0):
+def check_lvlm(weights, aligner_path, count, seed=0, batch=50, steps=28, true_cfg=3.0):
     """ThinkDiff-LVLM on held-out in-context questions, judged by the mini CLIP: {name: shares}.
 
     A picture is right if CLIP sees the answer's noun and value, among ten each. vlm: the VLM's
@@ -113,9 +116,9 @@ def check_lvlm(aligner_path, count, seed=0, batch=50, steps=28, true_cfg=3.0):
     """
     questions = in_context_questions(count, seed)
     kinds = [kind for _, kind in questions]
-    words, features = answer_questions(questions, batch)
+    words, features = answer_questions(weights / "qwen2-vl", questions, batch)
     aligner = load_aligner(aligner_path)
-    pipe = pipelines.load_flux(MINI["flux"], "cpu", torch.float32, t5_encoder=True)
+    pipe = pipelines.load_flux(str(weights / "flux"), "cpu", torch.float32, t5_encoder=True)
     prompts = {"relay": [], "thinkdiff": []}
     for start in range(0, count, batch):
         texts = words[start:start + batch]
@@ -123,7 +126,7 @@ def check_lvlm(aligner_path, count, seed=0, batch=50, steps=28, true_cfg=3.0):
     with torch.no_grad():
         prompts["thinkdiff"] = [aligner(x[None])[0] for x in features]  # (n, d_t5) each
 
-    judge = clip.load(WEIGHTS)
+    judge = clip.load(weights)
     right = {"vlm": [vlm.names_kind(text, *kind) for text, kind in zip(words, kinds, strict=True)]}
     for name, embeds in prompts.items():
         images = [None] * count
@@ -171,7 +174,7 @@ def count_right(found, nouns, kinds):
     return result
 
 
-def check_compose(aligner_path, count, seed=0, batch=50, steps=28, true_cfg=3.0):
+def check_compose(weights, aligner_path, count, seed=0, batch=50, steps=28, true_cfg=3.0):
     """ThinkDiff-CLIP on held-out pictures, judged by the mini CLIP: {prompt: shares}.
 
     I: a picture alone, redrawn with its noun and its value. I + T: with the text "a NOUN" of
@@ -179,13 +182,13 @@ def check_compose(aligner_path, count, seed=0, batch=50, steps=28, true_cfg=3.0)
     Beside it the picture alone and the text alone by the same two counts.
     """
     rng = random.Random(seed)
-    tower = models.load_clip(MINI["clip"], "cpu", torch.float32)
+    tower = models.load_clip(str(weights / "clip"), "cpu", torch.float32)
     kinds = [KINDS[i % len(KINDS)] for i in rng.sample(range(max(count, len(KINDS))), count)]
     others = [rng.choice([noun for noun in NOUNS[detail] if noun != own])
               for detail, _, own in kinds]
     aligner = load_aligner(aligner_path)
-    pipe = pipelines.load_flux(MINI["flux"], "cpu", torch.float32, t5_encoder=True)
-    judge = clip.load(WEIGHTS)
+    pipe = pipelines.load_flux(str(weights / "flux"), "cpu", torch.float32, t5_encoder=True)
+    judge = clip.load(weights)
     size = tower.config.image_size
     pixels = [thinkdiff_clip.preprocess(random_held_out(rng, kind), size) for kind in kinds]
 

@@ -7,7 +7,6 @@ import json
 import math
 import random
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,13 +17,14 @@ from tqdm import tqdm
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 from cobsat_eval import ANIMALS, DETAILS, KINDS, NOUNS, OBJECTS, shown_word
-from miniature import BUILD, WEIGHTS, muon
+from miniature import muon
 from miniature.pictures import (
     PER_KIND,
     augment,
     held_out_image,
     save_stand_in,
     save_state,
+    training_folders,
     training_images,
 )
 from miniature.world import ING, caption, label, noun_phrase
@@ -148,16 +148,16 @@ def clip_loss(model, x, ids, true, n_nouns, n_fixed):
 
 
 # ---------------------------------------------------------------- training
-def train(build=BUILD, out=WEIGHTS / "clip", steps=STEPS):
-    """Trains CLIP from scratch (resumable) and writes it to `out`; returns model, processor."""
-    torch.manual_seed(0)
+def train(build, weights, seed, steps=STEPS):
+    """Trains CLIP from scratch (resumable), writes it to weights/clip; returns model, processor."""
+    torch.manual_seed(seed)
     processor = make_processor()
     encode = functools.lru_cache(100_000)(lambda text: processor.tokenizer(text)["input_ids"])
     model = make_model(processor.tokenizer).train()
     params = list(model.parameters())
     optimizers = muon.make_optimizers(model.named_parameters(), ("layers.",), MUON_LR, LR)
     images = training_images(build)
-    state_path = Path(build) / "clip.pt"
+    state_path = build / "clip.pt"
     step = 0
     seconds = 0.0
     if state_path.exists():
@@ -174,7 +174,7 @@ def train(build=BUILD, out=WEIGHTS / "clip", steps=STEPS):
     bar = tqdm(total=steps, initial=step, desc="clip", mininterval=2)
     while step < steps:
         # batches depend on the step alone, so that a resumed run equals an unbroken one
-        rng = random.Random(f"clip {step}")
+        rng = random.Random(f"clip {seed} {step}")
         muon.set_learning_rate(optimizers, muon.warmup_cosine(step, steps, WARMUP))
         kinds = [rng.randrange(len(KINDS)) for _ in range(BATCH)]
         batch = np.stack([images[kind, rng.randrange(PER_KIND)] for kind in kinds])
@@ -195,7 +195,7 @@ def train(build=BUILD, out=WEIGHTS / "clip", steps=STEPS):
         bar.update()
         bar.set_postfix(loss=f"{mean_loss:.3f}", refresh=False)
         if time.time() - saved > SAVE_SECONDS or step == steps:
-            save_stand_in(out, model, processor)
+            save_stand_in(weights / "clip", model, processor)
             save_state(state_path, {
                 "model": model.state_dict(), "optimizers": muon.optimizer_states(optimizers),
                 "step": step, "seconds": seconds + time.time() - began})
@@ -275,5 +275,4 @@ def check(weights, n):
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    train()
+    train(*training_folders(__doc__))

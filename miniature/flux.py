@@ -1,10 +1,7 @@
 """The miniature FLUX: transformer, assembly into a `FluxPipeline`, accuracy.
 
     torchrun --nproc_per_node 2 -m miniature.flux   # one of the steps of: python -m miniature train
-
-Resumes from its state in build/; more --minutes prolong the training.
 """
-import argparse
 import contextlib
 import json
 import os
@@ -26,8 +23,15 @@ from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokeniz
 
 from cobsat_eval import DETAILS, KINDS, NOUNS, shown_word
 from common import torchrun_ranks
-from miniature import BUILD, WEIGHTS, clip, muon
-from miniature.pictures import PER_KIND, held_out_image, publish, save_state, training_images
+from miniature import clip, muon
+from miniature.pictures import (
+    PER_KIND,
+    held_out_image,
+    publish,
+    save_state,
+    training_folders,
+    training_images,
+)
 from miniature.vae import LATENT_CHANNELS, clean_config, contact_sheet, to_tensor, update_ema
 from miniature.world import ING, PLACE, caption, label, noun_phrase, sentence, with_article
 
@@ -53,14 +57,15 @@ BLENDED = 0.3
 EMPTY = 0.1
 # share of the batches with two prompts, one behind the other: see two_prompts
 TWO_PROMPTS = 0.15
-BATCH = 32
+# over all processes
+BATCH = 64
+STEPS = 13000
 LR = 1.5e-3
 WARMUP = 100
 # fraction of the run over which the learning rate falls to 0
 DECAY = 0.25
 EMA = 0.998
-MINUTES = 134
-SAVE_SECONDS = 120
+SAVE_SECONDS = 300
 
 
 # ---------------------------------------------------------------- latents
@@ -118,7 +123,7 @@ def one_prompt(rng, kinds, tokenizer):
     """Texts of the kinds (indices) as token ids (B, T).
 
     As FluxPipeline pads them (it passes no mask), or cut as aligned features end. One sentence or
-    less (50 % of the batches), up to two (15 %), or four cut after 10 to 32 tokens (35 %).
+    less (50 % of the batches), up to four (15 %), or four cut after 10 to 32 tokens (35 %).
     """
     style = rng.random()
     kinds = [KINDS[kind] for kind in kinds]
@@ -134,7 +139,7 @@ def one_prompt(rng, kinds, tokenizer):
             texts.append("")
         elif u < 0.7:
             create = rng.random() < 0.5
-            sentences = 1 if short else rng.choice([1, 2])
+            sentences = 1 if short else rng.choice([1, 2, 3, 4])
             texts.append(caption(rng, *kind, create=create, sentences=sentences))
         elif u < 0.8:
             texts.append(label(*kind))
@@ -292,20 +297,18 @@ def new_flux(d_t5):
         axes_dims_rope=(8, 12, 12))
 
 
-def lr_fraction(progress, step):
+def lr_fraction(step, steps):
     """Fraction of the full rate: linear warm-up, constant, linear to 0 at the end of the run."""
-    return min(1, (step + 1) / WARMUP) * min(1, max(0, 1 - progress) / DECAY)
+    return min(1, (step + 1) / WARMUP) * min(1, (1 - step / steps) / DECAY)
 
 
-def average_gradients(params, now, world_size):
-    """Averages the gradients over the processes, and the time, on which all of them must agree."""
-    # one buffer: one message
-    flat = torch.cat([p.grad.flatten() for p in params] + [torch.tensor([now])])
+def average_gradients(params, world_size):
+    """Averages the gradients over the processes, as one message."""
+    flat = torch.cat([p.grad.flatten() for p in params])
     torch.distributed.all_reduce(flat)
-    *grads, now = (flat / world_size).split([p.numel() for p in params] + [1])
+    grads = (flat / world_size).split([p.numel() for p in params])
     for p, grad in zip(params, grads, strict=True):
         p.grad.copy_(grad.view_as(p))
-    return now.item()
 
 
 def export(config, weights, folder):
@@ -327,11 +330,11 @@ def shared_latents(build, rank, world_size):
     return cached_latents(build)
 
 
-def train(build=BUILD, weights=WEIGHTS, minutes=MINUTES, seed=0):
-    """Trains the transformer for `minutes` of wall time in all, over resumes.
+def train(build, weights, seed, steps=STEPS):
+    """Trains the transformer (resumable) and writes the whole pipeline to weights/flux.
 
-    Exports the averaged weights to build/flux at every save. Under torchrun each process adds a
-    batch of its own and the gradients are averaged (gloo). State: build/flux.pt.
+    Exports the averaged weights to build/flux at every save. Under torchrun each process takes its
+    share of the batch and the gradients are averaged (gloo). State: build/flux.pt.
     """
     rank, world_size, _ = torchrun_ranks()
     if world_size > 1:
@@ -345,12 +348,11 @@ def train(build=BUILD, weights=WEIGHTS, minutes=MINUTES, seed=0):
     optimizers = muon.make_optimizers(transformer.named_parameters(), ("blocks.",), LR, LR)
     state_path = build / "flux.pt"
     step = 0
-    spent = 0.0
     if state_path.exists():
         state = torch.load(state_path, weights_only=True)
         transformer.load_state_dict(state["model"])
         muon.load_optimizer_states(optimizers, state["optimizers"])
-        ema, step, spent = state["ema"], state["step"], state["seconds"]
+        ema, step = state["ema"], state["step"]
     # holds the averaged weights for the held-out loss
     average = new_flux(encoder.config.d_model).eval()
 
@@ -359,50 +361,46 @@ def train(build=BUILD, weights=WEIGHTS, minutes=MINUTES, seed=0):
         export(transformer.config, ema, build / "flux")
         save_state(state_path, {
             "model": transformer.state_dict(), "optimizers": muon.optimizer_states(optimizers),
-            "ema": ema, "step": step, "seconds": spent})
+            "ema": ema, "step": step})
         loss = held_out_loss(average, held, tokenizer, encoder)
-        row = {"step": step, "minutes": round(spent / 60, 2), "loss": round(mean_loss, 4),
-               "held_out": round(loss, 4)}
+        row = {"step": step, "loss": round(mean_loss, 4), "held_out": round(loss, 4)}
         with open(build / "flux.jsonl", "a") as log:
             log.write(json.dumps(row) + "\n")
         return loss
 
-    began = saved = time.time()
-    began -= spent
-    total = round(minutes * 60)
-    bar = tqdm(total=total, initial=round(spent), desc="flux", unit="s", mininterval=5,
-               disable=rank > 0)
+    saved = time.time()
+    bar = tqdm(total=steps, initial=step, desc="flux", mininterval=5, disable=rank > 0)
     mean_loss = None
     held_loss = float("nan")
-    progress = spent / total
-    while progress < 1:
+    batch = BATCH // world_size
+    while step < steps:
+        # batches depend on the step and the process alone: a resumed run equals an unbroken one
         rng = random.Random(f"{seed}-{step}-{rank}")
         generator = torch.Generator().manual_seed(seed * 10**9 + step * 100 + rank)
-        kinds = [rng.randrange(len(KINDS)) for _ in range(BATCH)]
-        x0 = latents[kinds, [rng.randrange(PER_KIND) for _ in range(BATCH)]].float()  # (B, 64, 32)
+        kinds = [rng.randrange(len(KINDS)) for _ in range(batch)]
+        x0 = latents[kinds, [rng.randrange(PER_KIND) for _ in range(batch)]].float()  # (B, 64, 32)
         text, pooled = conditions(rng, generator, kinds, tokenizer, encoder)
-        t = torch.sigmoid(torch.randn(BATCH, generator=generator))
+        t = torch.sigmoid(torch.randn(batch, generator=generator))
         noise = torch.randn(x0.shape, generator=generator)
         with bf16_products():
             loss = flow_loss(transformer, x0, noise, t, text, pooled)
         loss.backward()
-        now = (time.time() - began) / total
         if world_size > 1:
-            now = average_gradients(params, now, world_size)
+            average_gradients(params, world_size)
         torch.nn.utils.clip_grad_norm_(params, 1.0, foreach=True)
-        muon.set_learning_rate(optimizers, lr_fraction(progress, step))
+        muon.set_learning_rate(optimizers, lr_fraction(step, steps))
         muon.step_optimizers(optimizers)
-        step, progress = step + 1, now
+        step += 1
         update_ema(ema, transformer, step, EMA)
-        before, spent = spent, time.time() - began
         if rank == 0:
             mean_loss = loss.item() if mean_loss is None else 0.98 * mean_loss + 0.02 * loss.item()
-            bar.update(int(spent) - int(before))
-            bar.set_postfix(step=step, loss=f"{mean_loss:.4f}", held_out=f"{held_loss:.4f}",
-                            refresh=False)
-            if time.time() - saved > SAVE_SECONDS or progress >= 1:
+            bar.update()
+            bar.set_postfix(loss=f"{mean_loss:.4f}", held_out=f"{held_loss:.4f}", refresh=False)
+            if time.time() - saved > SAVE_SECONDS or step == steps:
                 saved, held_loss = time.time(), save()
     bar.close()
+    if rank == 0:
+        assemble(build, weights)
     if world_size > 1:
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
@@ -430,7 +428,7 @@ def edit_config(file, **changes):
     file.write_text(json.dumps(config, indent=2))
 
 
-def assemble(build=BUILD, weights=WEIGHTS):
+def assemble(build, weights):
     """Writes the whole pipeline to weights/flux, in fp16."""
     out = weights / "flux"
     fresh = weights / f".flux.{os.getpid()}"
@@ -502,10 +500,4 @@ def check(weights, n):
 
 # ---------------------------------------------------------------- command line
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=MINUTES,
-                        help="wall time of the training in all, over resumes")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    train(minutes=args.minutes)
+    train(*training_folders(__doc__))

@@ -9,7 +9,7 @@ import torch
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024) in fp32 on stacks of matrices of one shape.
+    """Muon (Jordan et al. 2024) on stacks of matrices of one shape; its iteration is in bf16.
 
     torch.optim.Muon works on one matrix at a time, which is slow for many small ones.
     """
@@ -32,7 +32,7 @@ class Muon(torch.optim.Optimizer):
                     p.add_(update.view_as(p), alpha=-scale)
 
     def _updates(self, params, momentum):
-        """Orthogonalised Nesterov momentum of n matrices of one shape: (n, rows, columns)."""
+        """Orthogonalised Nesterov momentum of n matrices of one shape: (n, rows, columns) bf16."""
         gradients = []
         for p in params:
             average = self.state[p].setdefault("momentum", torch.zeros_like(p))
@@ -41,7 +41,7 @@ class Muon(torch.optim.Optimizer):
         x = torch.stack(gradients)
         tall = x.shape[1] > x.shape[2]
         x = x.mT if tall else x
-        x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+        x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).bfloat16()
         # Newton-Schulz iteration: all singular values towards 1
         for _ in range(5):
             a = x @ x.mT
@@ -53,11 +53,11 @@ class Muon(torch.optim.Optimizer):
 def make_optimizers(named_parameters, inside, lr, adam_lr):
     """[AdamW, Muon]: Muon for the matrices whose names hold one of the strings `inside`.
 
-    Those are the matrices of a transformer's blocks; AdamW takes the rest. Each group remembers its
-    full learning rate as `peak`, for set_learning_rate.
+    Those are the matrices, or kernels, of a model's blocks; AdamW takes the rest. Each group
+    remembers its full learning rate as `peak`, for set_learning_rate.
     """
     named = list(named_parameters)
-    matrices = [p for name, p in named if p.ndim == 2 and any(word in name for word in inside)]
+    matrices = [p for name, p in named if p.ndim > 1 and any(word in name for word in inside)]
     ids = {id(p) for p in matrices}
     rest = [p for _, p in named if id(p) not in ids]
     adam = torch.optim.AdamW(rest, lr=adam_lr, betas=(0.9, 0.98), weight_decay=0.0, foreach=True)

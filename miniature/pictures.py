@@ -1,4 +1,5 @@
-"""Toy pictures for training (cached) and for evaluation (fresh), augmentation, saving models."""
+"""What the trainings share: toy pictures, augmentation, saving models, the command line."""
+import argparse
 import multiprocessing
 import os
 import random
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from cobsat_eval import KINDS
+from miniature import BUILD, WEIGHTS
 from miniature.world import SIZE, draw
 
 # training pictures of each of the 500 kinds: 24,000 in all, 295 MB
@@ -85,6 +87,18 @@ def augment(images, seed, noise=0.06, blur=0.0):
     level = per_image(0, noise)
     x = x + level * torch.from_numpy(random_.standard_normal(x.shape, dtype=np.float32))
     return x.clamp(0, 1)
+
+
+# ---------------------------------------------------------------- command line
+def training_folders(description):
+    """Reads the command line of one training: (build, weights, seed)."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--build", type=Path, default=BUILD, help="of states and caches")
+    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="of the stand-ins")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    return args.build, args.weights, args.seed
 
 
 # ---------------------------------------------------------------- saving

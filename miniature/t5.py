@@ -5,7 +5,6 @@
 import os
 import random
 import re
-from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,7 +13,7 @@ from tqdm import tqdm
 from transformers import T5Config, T5ForConditionalGeneration, T5Tokenizer
 
 from cobsat_eval import KINDS, shown_word
-from miniature import BUILD, WEIGHTS
+from miniature.pictures import training_folders
 from miniature.world import caption, label, noun_phrase
 
 # ---------------------------------------------------------------- hyperparameters
@@ -232,9 +231,9 @@ def load_training_state(path, params, optimizer):
     return step
 
 
-def train(build=BUILD, out=WEIGHTS / "t5", steps=STEPS, seed=0):
-    """Trains T5 from scratch (resumable) and writes it to `out` in fp16, with the tokenizer."""
-    out, build = Path(out), Path(build)
+def train(build, weights, seed, steps=STEPS):
+    """Trains T5 from scratch (resumable) and writes it to weights/t5 in fp16, with tokenizer."""
+    out = weights / "t5"
     tokenizer = build_tokenizer(out)
     model = new_t5(tokenizer, seed).train()
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -305,5 +304,4 @@ def check(weights, n, seed=1):
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    train()
+    train(*training_folders(__doc__))

@@ -7,7 +7,6 @@ import json
 import random
 import re
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -27,14 +26,15 @@ from transformers import (
 )
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-from cobsat_eval import ANIMALS, DETAILS, KINDS, NOUNS, OBJECTS, shown_word
-from miniature import BUILD, WEIGHTS, muon
+from cobsat_eval import ANIMALS, DETAILS, KINDS, NOUNS, OBJECTS, judge_question, shown_word
+from miniature import muon
 from miniature.pictures import (
     PER_KIND,
     augment,
     held_out_image,
     save_stand_in,
     save_state,
+    training_folders,
     training_images,
 )
 from miniature.world import CREATE, DESCRIBE, ING, caption, sentence
@@ -103,15 +103,6 @@ def chat(user):
             "<|im_start|>assistant\n")
 
 
-def judge_question(detail, about_noun, nouns):
-    """One of the CoBSAT judge's two questions (detail or main object), in the benchmark's words."""
-    options = nouns if about_noun else DETAILS[detail]
-    asked = "main object" if about_noun else f"{detail} (of the main object)"
-    listed = " ".join(f"({number}){shown_word(word)}" for number, word in enumerate(options, 1))
-    return (f"What is the {asked} in this image? Answer from the following options: {listed}. "
-            "Answer the number only and do not include any other texts (e.g., 1).")
-
-
 def in_context_question(words, gap=""):
     """The user's message of CoBSAT: all words but the last are followed by a picture."""
     parts = []
@@ -147,7 +138,7 @@ def make_processor():
             text = chat(in_context_question([shown_word(word) for word in rng.sample(words, 5)]))
             text = text.replace(IMAGE, ".")
             texts.append(text.replace("<|im_start|>", "").replace("<|im_end|>", ""))
-    texts += [judge_question(detail, about_noun, NOUNS[detail]) for detail in DETAILS
+    texts += [judge_question(detail, about_noun) for detail in DETAILS
               for about_noun in (False, True)] * 20
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence([
@@ -252,7 +243,7 @@ def judge_sample(encode, rng, detail, about_noun, image_first, end):
         number = NOUNS[detail].index(kind[2]) + 1
     else:
         number = DETAILS[detail].index(kind[1]) + 1
-    question = judge_question(detail, about_noun, NOUNS[detail])
+    question = judge_question(detail, about_noun)
     user = IMAGE + question if image_first else question + IMAGE
     images = [(KIND_INDEX[kind], rng.randrange(PER_KIND))]
     return user, images, encode(str(number)) + [end]
@@ -267,8 +258,8 @@ def make_samples(task, encode, rng, end):
     if task == "judge":
         question = rng.choice(list(DETAILS)), rng.random() < 0.5, rng.random() < 0.5
         return [judge_sample(encode, rng, *question, end) for _ in range(count)]
-    # between instruction and first word: the paper does not say
-    gap = rng.choice(["", "", "", " ", "\n", "\n\n"])
+    # between instruction and first word: the authors' code has two newlines, a user may have none
+    gap = rng.choice(["\n\n", "\n\n", "\n\n", "\n", " ", ""])
     shots = 2 if task == "two" else 4
     return [in_context_sample(encode, rng, shots, gap, length, end) for _ in range(count)]
 
@@ -402,13 +393,13 @@ def classification_losses(head, kinds, features):
             "value": F.cross_entropy(scores[:, 20:], value)}
 
 
-def train(build=BUILD, out=WEIGHTS / "qwen2-vl", steps=STEPS):
-    """Trains the VLM from scratch (resumable) and writes it to `out`; returns model, processor.
+def train(build, weights, seed, steps=STEPS):
+    """Trains the VLM from scratch (resumable), writes weights/qwen2-vl; returns model, processor.
 
     First PRETRAIN_STEPS of the vision tower as a classifier, then `steps` of questions, beside
     which the classification goes on at no cost, since nouns are what is learned last.
     """
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     processor = make_processor()
     tokenizer = processor.tokenizer
     encode = functools.partial(tokenizer.encode, add_special_tokens=False)
@@ -420,7 +411,7 @@ def train(build=BUILD, out=WEIGHTS / "qwen2-vl", steps=STEPS):
     optimizers = muon.make_optimizers([*model.named_parameters(), *head.named_parameters()],
                                  ("blocks.", "layers.", "merger."), MUON_LR, LR)
     images = training_images(build)
-    state_path = Path(build) / "vlm.pt"
+    state_path = build / "vlm.pt"
     step = 0
     seconds = 0.0
     if state_path.exists():
@@ -445,8 +436,8 @@ def train(build=BUILD, out=WEIGHTS / "qwen2-vl", steps=STEPS):
     bar = tqdm(total=total, initial=step, desc="vlm", mininterval=2)
     while step < total:
         # batches depend on the step alone, so that a resumed run equals an unbroken one
-        torch.manual_seed(step)
-        rng = random.Random(f"vlm {step}")
+        torch.manual_seed(seed * 10**9 + step)
+        rng = random.Random(f"vlm {seed} {step}")
         pretraining = step < PRETRAIN_STEPS
         if pretraining:
             fraction = muon.warmup_cosine(step, PRETRAIN_STEPS, WARMUP)
@@ -480,7 +471,7 @@ def train(build=BUILD, out=WEIGHTS / "qwen2-vl", steps=STEPS):
             shown = {name: f"{value:.3f}" for name, value in mean_loss.items()}
             bar.set_postfix(shown, refresh=False)
         if time.time() - saved > SAVE_SECONDS or step == total:
-            save_stand_in(out, model, processor)
+            save_stand_in(weights / "qwen2-vl", model, processor)
             save_state(state_path, {
                 "model": model.state_dict(), "head": head.state_dict(), "step": step,
                 "seconds": seconds + time.time() - began,
@@ -509,7 +500,7 @@ def greedy_answers(model, processor, users, images, max_new_tokens):
 def held_out_in_context(rng, shots, question_seed):
     """An in-context question on held-out pictures: (user's message, pictures, answer's kind)."""
     user, images, _ = in_context_sample(
-        lambda text: [0] * 40, random.Random(question_seed), shots, "", 40, 0)
+        lambda text: [0] * 40, random.Random(question_seed), shots, "\n\n", 40, 0)
     words = re.findall(r"Word \d: (.*?), ", user)
     detail, value, noun = KINDS[images[0][0]]
     same_noun = noun == KINDS[images[1][0]][2]
@@ -533,7 +524,7 @@ def held_out_questions(task, rng, n, seed):
         if task == "caption":
             prompts = [PROMPTS[rng.randrange(16)]]
         else:
-            prompts = [judge_question(detail, about_noun, NOUNS[detail])
+            prompts = [judge_question(detail, about_noun)
                        for about_noun in (False, True)]
         questions += [(IMAGE + prompt, pictures, kind) for prompt in prompts]
     return questions
@@ -591,5 +582,4 @@ def check(weights, n):
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    train()
+    train(*training_folders(__doc__))

@@ -136,8 +136,62 @@ def clip_source(masking, _):
     return source
 
 
-def train_by_hand(source, width, hidden, limit, norm, held_out):
-    """Weights, AdamW's state, losses, held-out losses after each step. One sample at a time."""
+def characters(pieces):
+    """The places in the joined text of each of these pieces of it, without spaces: [{place}]."""
+    places, start = [], 0
+    for piece in pieces:
+        places.append({start + k for k, letter in enumerate(piece) if letter != " "})
+        start += len(piece)
+    return places
+
+
+def lvlm_targets(t5, _):
+    """A function of (sample, position): [(number of x'_i, target e (32,), weight)]."""
+    vlm_tokenizer, tokenizer = stock(AutoTokenizer, "vlm"), stock(AutoTokenizer, "t5")
+    samples = lvlm_samples("generated")
+
+    def targets(i, position):
+        y = samples[i][1].tolist()
+        s = random.Random(f"{SEED} {position}").randint(1, len(y) - 1)
+        own = ["" if token == vlm_tokenizer.eos_token_id else vlm_tokenizer.decode([token])
+               for token in y]
+        ids = tokenizer("".join(own)).input_ids
+        pieces = [piece.replace("▁", " ") for piece in tokenizer.convert_ids_to_tokens(ids[:-1])]
+        # T5 puts a space in front of a text without one
+        if not "".join(own).startswith(" "):
+            pieces[0] = pieces[0].lstrip()
+        theirs = characters(pieces)
+        # a space alone, in front of a word that T5 spells, counts with the word's first letter
+        theirs = [places or theirs[j + 1] for j, places in enumerate(theirs)]
+        e = t5.encoder(torch.tensor([ids])).last_hidden_state[0]  # (L, 32)
+        found = []
+        for k, places in enumerate(characters(own)[:s]):
+            near = [e[j] for j, other in enumerate(theirs) if places & other]
+            if near:
+                found.append((k, sum(near) / len(near), 1.0))
+        return found
+    return targets
+
+
+def clip_targets(t5, n_train):
+    """The same; None in place of the number: the nearest x' counts."""
+    tokenizer = stock(AutoTokenizer, "t5")
+    captions = [" ".join(caption.split()) for _, caption in clip_samples()]
+    ids = [tokenizer(caption, truncation=True, max_length=128).input_ids for caption in captions]
+    # those of the training samples, whole
+    known = [set(tokenizer(caption).input_ids) for caption in captions[:n_train]]
+
+    def targets(i, position):
+        e = t5.encoder(torch.tensor([ids[i]])).last_hidden_state[0]  # (L, 32)
+        shares = [sum(token in words for words in known) / n_train for token in ids[i]]
+        return [(None, e_j, -np.log(share)) for e_j, share in zip(e, shares, strict=True)]
+    return targets
+
+
+def train_by_hand(source, width, hidden, limit, norm, held_out, find_targets, factor):
+    """Weights, AdamW's state, losses, held-out losses after each step. One sample at a time.
+
+    find_targets, factor: of the encoder term; the held-out loss is without it."""
     t5 = stock(T5ForConditionalGeneration, "t5", dtype=torch.float32).eval().requires_grad_(False)
     tokenizer = stock(AutoTokenizer, "t5")
     torch.manual_seed(SEED)
@@ -155,19 +209,25 @@ def train_by_hand(source, width, hidden, limit, norm, held_out):
     def ids(text):
         return tokenizer(text, truncation=True, max_length=limit, return_tensors="pt").input_ids
 
-    def mean_loss(places):
-        """Mean over the tokens of all of [(sample, position)]."""
-        total, count = 0, 0
+    targets = find_targets(t5, SAMPLES - held_out)
+
+    def mean_loss(places, factor=0):
+        """Mean over the tokens of all of [(sample, position)], and factor x the encoder term."""
+        total, count, distance, weights = 0, 0, 0, 0
         for i, position in places:
             x, first, rest = source(i, position)
             x = aligner(x)[None]  # (1, n, 32)
+            for k, e, weight in targets(i, position) if factor else ():
+                squares = (x[0] - e).square().sum(-1)  # (n,)
+                square = squares.min() if k is None else squares[k]
+                distance, weights = distance + weight * square / (e @ e), weights + weight
             if first is not None:
                 t = t5.encoder(ids(first)).last_hidden_state  # (1, L, 32)
                 x = torch.cat([x, t], dim=1)  # (1, n + L, 32)
             target = ids(rest)  # (1, T)
             total = total + t5(encoder_outputs=(x,), labels=target).loss * target.shape[1]
             count += target.shape[1]
-        return total / count
+        return total / count + (factor * distance / weights if factor else 0)
 
     n_train, order = SAMPLES - held_out, []
     for epoch in (0, 1):
@@ -178,7 +238,7 @@ def train_by_hand(source, width, hidden, limit, norm, held_out):
         for group in optimizer.param_groups:
             group["lr"] = rate
         stream = range(step * BATCH, (step + 1) * BATCH)
-        loss = mean_loss([(order[position], position) for position in stream])
+        loss = mean_loss([(order[position], position) for position in stream], factor)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -215,6 +275,8 @@ module.common.cli_main(module.main)
     ("thinkdiff_clip.py", 2, {}),
     ("thinkdiff_clip.py", 1, {"masking": "none", "norm": "none", "log-every": 3}),
     ("thinkdiff_clip.py", 1, {"norm": "default", "hidden": 24, "held-out": 1}),
+    ("thinkdiff_lvlm.py", 2, {"encoder-loss": 0.5}),
+    ("thinkdiff_clip.py", 2, {"encoder-loss": 0.5}),
 ], ids=str)
 def test_four_steps_equal_a_loop_by_hand(script, processes, options, tmp_path, monkeypatch):
     """Weights, optimizer state and log; the loop by hand trains on no held-out sample. Of two
@@ -225,10 +287,10 @@ def test_four_steps_equal_a_loop_by_hand(script, processes, options, tmp_path, m
     masking, features = options.get("masking", "random"), options.get("features", "generated")
     if script == "thinkdiff_lvlm.py":
         write_lvlm_data(data, features)
-        source, width, hidden, limit = lvlm_source(masking, features), 128, 32, 128
+        source, width, limit = lvlm_source(masking, features), 128, 128
     else:
         write_clip_data(data)
-        source, width, hidden, limit = clip_source(masking, features), 96, 512, 32
+        source, width, limit = clip_source(masking, features), 96, 32
     # in fp32, as the loop by hand: a GPU would compute in bf16
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -247,7 +309,8 @@ def test_four_steps_equal_a_loop_by_hand(script, processes, options, tmp_path, m
     # at most a tenth of the 20 samples is held out
     held_out = options.get("held-out", 2)
     weights, state, losses, held_out_losses = train_by_hand(
-        source, width, options.get("hidden", hidden), limit, options.get("norm", "t5"), held_out)
+        source, width, options.get("hidden", 512), limit, options.get("norm", "t5"), held_out,
+        lvlm_targets if width == 128 else clip_targets, options.get("encoder-loss", 0))
     saved = load_file(out / "aligner" / "model.safetensors")
     assert saved.keys() == weights.keys()
     for name, value in weights.items():

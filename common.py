@@ -192,12 +192,6 @@ def add_command(commands, name, run, about, groups, **defaults):
     return parser
 
 
-# flags of earlier versions, and what to do instead
-REMOVED_FLAGS = {
-    "--sample-every": "draw from a checkpoint with `explain --aligner OUT/checkpoint-STEP`",
-}
-
-
 # ------------------------------------------------------------------------------------ errors
 class UserError(Exception):
     """Something the user can put right. Its message is one line that says what to do."""
@@ -258,8 +252,6 @@ def cli_main(main, *after_interrupt):
         signal.signal(signal.SIGINT, signal.default_int_handler)
     message, code = "", 0
     try:
-        for flag in {arg.split("=")[0] for arg in sys.argv} & REMOVED_FLAGS.keys():
-            raise UserError(f"{flag} was removed: {REMOVED_FLAGS[flag]}")
         main()
         sys.stdout.flush()
     except SystemExit as stop:

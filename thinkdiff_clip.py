@@ -52,12 +52,12 @@ VARIANT = "clip"
 # Flag, type, full size, miniature, meaning: of the [paper], the authors' [release], or [ours].
 # The miniature's toy vocabulary is learned in far fewer steps than English, at a higher rate.
 TRAINING = [
-    ("--steps", common.count, 100_000, 5_000, "[paper] optimizer steps"),
+    ("--steps", common.count, 100_000, 1_500, "[paper] optimizer steps"),
     ("--batch-size", positive, 168, 64, "[paper] samples a step, over all processes: 4 x 42"),
     ("--micro-batch", positive, 42, 64, "[ours] samples a process holds in memory at once"),
     ("--lr", number(float, 0, above=True), 1e-4, 2e-3, "[release] peak learning rate"),
     ("--lr-end", number(float, 0), 8e-5, 2e-4, "[release] learning rate at the end of the cosine"),
-    ("--lr-horizon", common.count, 200_000, 5_000, "[release] step at which the cosine ends"),
+    ("--lr-horizon", common.count, 200_000, 1_500, "[release] step at which the cosine ends"),
     ("--warmup", number(int, 0), 2_000, 50, "[release] steps of linear warm-up from 1e-6"),
     ("--weight-decay", number(float, 0), 0.05, 0.05, "[release] AdamW's, on matrices only"),
     ("--masking", ("random", "none"), "random", "random",
@@ -70,7 +70,6 @@ TRAINING = [
     ("--hidden", positive, None, 512, "[paper] width between the aligner's layers: T5's"),
     ("--encoder-loss", number(float, 0), 0.0, 0.0,
      "[ours] weight of the encoder term (encoder_term.py, docs/METHOD.md); 0: the paper's loss"),
-    ("--offload", bool, False, False, "[ours] T5's encoder in main memory: 9.3 GB less, slower"),
 ]
 ADAM_BETAS = (0.9, 0.999)  # [release]
 WARMUP_FROM = 1e-6  # [release] learning rate at step 0
@@ -366,6 +365,7 @@ def main():
         ("--data", str, ["data/cc3m", "data/cc12m", "data/sbu"], ["data/mini"],
          "folders (of KEY.jpg and KEY.txt, or of tars), WebDataset tars, brace patterns of them"),
         ("--out", str, f"runs/{VARIANT}", f"runs/mini-{VARIANT}", "checkpoints, log and aligner"),
+        ("--offload", bool, False, False, "T5's encoder in main memory: 9.3 GB less, slower"),
         vlm, T5_FLAG, DTYPE_FLAG], "method": TRAINING, "run": common.RUN_FLAGS})
 
     p = common.add_command(commands, "generate", generate, "draw the image of a context", {})

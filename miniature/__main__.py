@@ -1,7 +1,7 @@
 """The miniature: toy pictures and captions, and the stand-ins of the big models trained on them.
 
     # picture-caption WebDataset tars: KEY.png, KEY.txt
-    python -m miniature draw --out data/mini --count 20000
+    python -m miniature draw --out data/mini --count 5000
     # the 500 pictures in CoBSAT's folders, none of which is seen in training
     python -m miniature cobsat --out data/cobsat
     # train everything in miniature/weights again, to build/weights
@@ -42,7 +42,10 @@ from miniature.world import SIZE, caption, draw
 # samples a tar
 TAR_SIZE = 1000
 # in an order in which each finds what it needs
-STAND_INS = ("t5", "vae", "clip", "vlm", "flux")
+STAND_INS = ("t5", "vae", "clip", "vlm", "flux", "aligners")
+# {folder of an aligner: its variant and --encoder-loss}
+ALIGNERS = {"aligner-lvlm": ("lvlm", 0), "aligner-lvlm-encoder": ("lvlm", 1),
+            "aligner-clip": ("clip", 0), "aligner-clip-encoder": ("clip", 2)}
 CHECKS = ("t5", "clip", "vlm", "flux", "lvlm", "compose")
 # glibc otherwise returns a step's memory to the system and fetches it again in the next: FLUX
 # trains 3 times slower
@@ -123,7 +126,7 @@ def draw_sheet(args):
 
 # ---------------------------------------------------------------- stand-ins
 def run_training(name, args, n_processes=1, output=None):
-    """Trains one of STAND_INS in processes of its own; output: a file for what they print."""
+    """Trains a stand-in in processes of its own; output: a file for what they print."""
     command = [sys.executable, "-m"]
     if n_processes > 1:
         command += ["torch.distributed.run", "--standalone",
@@ -139,8 +142,36 @@ def run_training(name, args, n_processes=1, output=None):
                         "command resumes from the last saved state")
 
 
+def run_script(*command):
+    """Runs one of the scripts, or this one, in a process of its own."""
+    command = [*map(str, command)]
+    print("python", *command, flush=True)
+    code = subprocess.run([sys.executable, *command], cwd=common.REPO,
+                          env={**os.environ, **FAST_MALLOC}).returncode
+    if code:
+        raise UserError(f"`python {' '.join(command)}` ended with code {code}: see above; the same "
+                        "command resumes")
+
+
+def train_aligners(args):
+    """Draws and describes images, and trains the ALIGNERS by the real scripts."""
+    build, weights = Path(args.build), Path(args.weights)
+    images, features = build / "images", build / "features"
+    run_script("-m", "miniature", "draw", "--out", images, "--count", 5000)
+    run_script("prepare_data.py", "lvlm", "--mini", "--images", images, "--out", features,
+               "--vlm", weights / "qwen2-vl", "--seed", args.seed)
+    for name, (variant, encoder_loss) in ALIGNERS.items():
+        data, encoder = (features, "qwen2-vl") if variant == "lvlm" else (images, "clip")
+        run_script(f"thinkdiff_{variant}.py", "train", "--mini", "--resume", "--data", data,
+                   "--out", build / name, "--vlm", weights / encoder, "--t5", weights / "t5",
+                   "--encoder-loss", encoder_loss, "--seed", args.seed)
+        for file in ("config.json", "model.safetensors"):
+            write_atomically(weights / name / file, (build / name / "aligner" / file).read_bytes())
+
+
 def train(args):
-    """`train`: on two cores the VLM, which takes longest, beside T5, VAE and CLIP; then FLUX."""
+    """`train`: on two cores the VLM, which takes longest, beside T5, VAE and CLIP; then FLUX, and
+    the aligners."""
     args.build, args.weights = (os.path.abspath(path) for path in (args.build, args.weights))
     os.makedirs(args.build, exist_ok=True)
     names = [name for name in STAND_INS if not args.names or name in args.names]
@@ -151,9 +182,12 @@ def train(args):
             vlm = beside.submit(run_training, "vlm", args, output=log)
             names.remove("vlm")
         for name in names:
-            if name == "flux" and vlm:
+            if name in ("flux", "aligners") and vlm:
                 vlm.result()
-            run_training(name, args, n_cores if name == "flux" else 1)
+            if name == "aligners":
+                train_aligners(args)
+            else:
+                run_training(name, args, n_cores if name == "flux" else 1)
         if vlm:
             vlm.result()
 
@@ -192,7 +226,7 @@ def main():
 
     add_command(commands, "draw", draw_data, "picture-caption tars",
                 ("--out", str, "data/mini", "folder for the tars"),
-                ("--count", common.count, 20000, "pictures"),
+                ("--count", common.count, 5000, "pictures"),
                 ("--seed", common.seed, 0, "of kinds, pictures and captions"))
 
     add_command(commands, "cobsat", draw_cobsat, "the 500 pictures in CoBSAT's layout",

@@ -662,7 +662,6 @@ def test_training_complaints(run, tmp_path):
     of(out=tmp_path / "file" / "x")
     assert (tmp_path / "file").read_text() == "kept"
     of("--batch-size", "many", code=2)
-    assert "`explain --aligner OUT/checkpoint-STEP`" in of("--sample-every", 5)
 
 
 def test_complaints_about_features(tmp_path):

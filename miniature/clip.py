@@ -65,12 +65,12 @@ def make_processor():
         vocab_size=1500, min_frequency=2, show_progress=False, initial_alphabet=alphabet,
         end_of_word_suffix="</w>")
     bpe.train_from_iterator(texts, trainer)
-    learned = json.loads(bpe.to_str())["model"]
-    vocab = dict(learned["vocab"])
-    # every byte also as the end of a word, so that no text is unknown
-    for token in [f"{byte}</w>" for byte in alphabet] + ["<|startoftext|>", "<|endoftext|>"]:
-        vocab.setdefault(token, len(vocab))
-    merges = [tuple(merge) for merge in learned["merges"]]
+    merges = [tuple(merge) for merge in json.loads(bpe.to_str())["model"]["merges"]]
+    # the trainer's own numbers differ from run to run. Every byte also ends a word, so that no text
+    # is unknown
+    tokens = [*alphabet, *(f"{byte}</w>" for byte in alphabet), *map("".join, merges),
+              "<|startoftext|>", "<|endoftext|>"]
+    vocab = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
     tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77)
     images = CLIPImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64})
     return CLIPProcessor(image_processor=images, tokenizer=tokenizer)

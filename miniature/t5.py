@@ -36,6 +36,7 @@ BATCH = 64
 LR = 3e-3
 # tokens of a source or a target
 MAX_LENGTH = 56
+SAVE_STEPS = 100
 
 # ---------------------------------------------------------------- tokenizer
 # <extra_id_i>, for span corruption
@@ -266,7 +267,7 @@ def train(build, weights, seed, steps=STEPS):
         schedule.step()
         if step % 20 == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}")
-        if (step + 1) % 100 == 0 or step + 1 == steps:
+        if (step + 1) % SAVE_STEPS == 0 or step + 1 == steps:
             save_training_state(state_path, step + 1, params, optimizer)
     model.eval().half().save_pretrained(out)
     return model.float(), tokenizer

@@ -1,12 +1,15 @@
 """The miniature: data in the promised layout, weights that work."""
 import functools
+import importlib
 import json
 import random
+import shutil
 import tarfile
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from cobsat_eval import KINDS, shown_word
 from common import REPO
@@ -63,6 +66,55 @@ def test_check_and_train_take_any_names_or_none(name, some, other):
     assert parsed("miniature", name)["names"] == []
     assert parsed("miniature", name, some, "clip")["names"] == [some, "clip"]
     assert f"'{other}' is none of " in complaint("miniature", name, other, code=2)
+
+
+class Killed(Exception):
+    pass
+
+
+def train_stand_in(module, build, saves):
+    """Trains for three steps with seed 7, killed after so many saves: {file: tensors}."""
+    weights, left = build / "weights", saves
+    name = "save_training_state" if module.__name__.endswith("t5") else "save_state"
+    save = getattr(module, name)
+
+    def save_or_die(*state):
+        nonlocal left
+        save(*state)
+        left -= 1
+        if left == 0:
+            raise Killed
+
+    setattr(module, name, save_or_die)
+    try:
+        steps = (2, 1) if module.__name__.endswith("vae") else 3
+        module.train(build, weights, 7, steps=steps)
+    finally:
+        setattr(module, name, save)
+    return {file.relative_to(build): load_file(file) for file in build.rglob("*.safetensors")}
+
+
+@pytest.mark.parametrize("name", ["t5", "vae", "clip", "vlm", "flux"])
+def test_a_killed_training_resumes_bit_identical(name, tmp_path, monkeypatch):
+    module = importlib.import_module(f"miniature.{name}")
+    monkeypatch.setattr("miniature.pictures.PER_KIND", 2)
+    for constant, value in (("PER_KIND", 2), ("SAVE_SECONDS", 0), ("SAVE_STEPS", 1),
+                            ("PRETRAIN_STEPS", 1), ("CLASSIFIED", 4)):
+        if hasattr(module, constant):
+            monkeypatch.setattr(module, constant, value)
+    for build in ("whole", "killed"):
+        # what FLUX is trained with
+        shutil.copytree(WEIGHTS / "flux/vae", tmp_path / build / "vae")
+        for other in {"t5", "clip"} - {name}:
+            shutil.copytree(WEIGHTS / other, tmp_path / build / "weights" / other)
+    whole = train_stand_in(module, tmp_path / "whole", 0)
+    with pytest.raises(Killed):
+        train_stand_in(module, tmp_path / "killed", 2)
+    resumed = train_stand_in(module, tmp_path / "killed", 0)
+    assert whole.keys() == resumed.keys()
+    for file, tensors in whole.items():
+        for key, tensor in tensors.items():
+            assert torch.equal(tensor, resumed[file][key]), (file, key)
 
 
 def test_shipped_weights_are_small():

@@ -49,6 +49,7 @@ TASKS = {
     "lvlm-data": ("prepare_data.py lvlm", {"vlm": everything}),
     "lvlm-train": ("thinkdiff_lvlm.py train (with --tokens-only data also lvlm-data)",
                    {"vlm": None, "t5": decoder_tensors}),
+    "lvlm-encoder": ("thinkdiff_lvlm.py train --encoder-loss", {"vlm": None, "t5": everything}),
     "lvlm-generate": ("thinkdiff_lvlm.py generate", {"vlm": everything, "flux": without_t5}),
     "lvlm-relay": ("thinkdiff_lvlm.py generate with --relay or --true-cfg",
                    {"vlm": everything, "flux": everything}),

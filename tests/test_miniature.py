@@ -97,8 +97,8 @@ def train_stand_in(module, build, saves):
 @pytest.mark.parametrize("name", ["t5", "vae", "clip", "vlm", "flux"])
 def test_a_killed_training_resumes_bit_identical(name, tmp_path, monkeypatch):
     module = importlib.import_module(f"miniature.{name}")
-    monkeypatch.setattr("miniature.pictures.PER_KIND", 2)
-    for constant, value in (("PER_KIND", 2), ("SAVE_SECONDS", 0), ("SAVE_STEPS", 1),
+    monkeypatch.setattr("miniature.pictures.PER_KIND", 1)
+    for constant, value in (("PER_KIND", 1), ("SAVE_SECONDS", 0), ("SAVE_STEPS", 1),
                             ("PRETRAIN_STEPS", 1), ("CLASSIFIED", 4)):
         if hasattr(module, constant):
             monkeypatch.setattr(module, constant, value)

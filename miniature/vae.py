@@ -6,6 +6,7 @@ but they need an hour of training before a texture can be recognised; these need
 
     python -m miniature.vae      # one of the steps of: python -m miniature train
 """
+import itertools
 import json
 import time
 
@@ -36,17 +37,17 @@ LATENT_CHANNELS = 8
 # px. The model is convolutional: crops teach as much as pictures, at a quarter of the cost
 CROP = 32
 BATCH = 16
-# two rounds of the learning rate's cosine: the second one from half the rate, with less noise and a
-# larger weight of the squared error
-STEPS = (11000, 7000)
+# three rounds of the learning rate's cosine: the second one from half the rate, with less noise and
+# a larger weight of the squared error; in the third one, from a third, the encoder is fixed
+STEPS = (11000, 7000, 4000)
 LR = 2e-3
 MUON_LR = 6e-3
 WARMUP = 50
 EMA = 0.995
 # on the latents (of about unit scale), so that the decoder forgives the transformer's errors
-NOISE = (0.08, 0.05)
+NOISE = (0.08, 0.05, 0.05)
 # weight of the squared error beside L1
-SQUARED = (5.0, 20.0)
+SQUARED = (5.0, 20.0, 20.0)
 # weight of the L1 loss on differences of neighbouring pixels, which keeps weave and lace sharp
 EDGES = 0.3
 # weight of the L1 loss on 4 x 4 means, so that the third direction of color is not learned last
@@ -123,8 +124,12 @@ def train(build, weights, seed, steps=STEPS):
         # batches depend on the step alone, so that a resumed run equals an unbroken one
         random_ = np.random.default_rng([seed, step])
         generator = torch.Generator().manual_seed(seed * 10**9 + step)
-        phase = int(step >= steps[0])
-        fraction = muon.warmup_cosine(step - phase * steps[0], steps[phase], WARMUP)
+        phase = sum(step >= end for end in itertools.accumulate(steps[:-1]))
+        if step == sum(steps[:2]):
+            # the encoder that FLUX is trained with
+            vae.load_state_dict(ema)
+        vae.encoder.requires_grad_(phase < 2)
+        fraction = muon.warmup_cosine(step - sum(steps[:phase]), steps[phase], WARMUP)
         muon.set_learning_rate(optimizers, fraction / (1 + phase))
         crops = []
         for a, b in random_.integers(0, 64 - CROP + 1, (BATCH, 2)):

@@ -87,7 +87,7 @@ def train_stand_in(module, build, saves):
 
     setattr(module, name, save_or_die)
     try:
-        steps = (2, 1) if module.__name__.endswith("vae") else 3
+        steps = (1, 1, 1) if module.__name__.endswith("vae") else 3
         module.train(build, weights, 7, steps=steps)
     finally:
         setattr(module, name, save)

@@ -186,7 +186,8 @@ def add_command(commands, name, run, about, groups, **defaults):
     parser = commands.add_parser(name, help=about, description=about,
                                  usage="%(prog)s [FLAGS]")
     parser.add_argument("--mini", action="store_true",
-                        help="use the miniature's models (with --help: show its defaults)")
+                        help="use the miniature's models (with --help: show its defaults), and one "
+                             "CPU thread a process unless OMP_NUM_THREADS is set")
     add_flags(parser, groups)
     parser.set_defaults(run=run, **defaults)
     return parser

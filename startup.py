@@ -1,5 +1,6 @@
-"""What a script does before torch loads, which takes seconds: it names a mistyped flag, and Ctrl-C
-ends it without a traceback. The scripts import this first; elsewhere the import does nothing."""
+"""What a script does before torch loads, which takes seconds: it names a mistyped flag, Ctrl-C ends
+it without a traceback, and the miniature gets one thread. The scripts import this first; elsewhere
+the import does nothing."""
 import difflib
 import hashlib
 import logging
@@ -53,6 +54,10 @@ def prepare():
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     # about torchao, where it is installed: nothing that a user could change
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
+    # the miniature's tensors are too small to share: on a busy machine threads that wait for each
+    # other took 20 times as long. torch reads the variable when it loads
+    if "--mini" in sys.argv or script.parent.name == "miniature":
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
     known = known_flags()
     for flag in sys.argv[1:]:
         if re.fullmatch(r"--\w[\w-]*(=.*)?", flag) and flag.split("=")[0] not in known:

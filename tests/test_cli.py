@@ -215,6 +215,24 @@ def test_importing_it_elsewhere_changes_nothing():
     assert "default_int_handler" in done.stdout and done.stderr == ""
 
 
+@pytest.mark.parametrize("words, given, threads", [
+    (("thinkdiff_lvlm.py", "train", "--mini"), None, "1"),
+    (("miniature/__main__.py", "check"), None, "1"),
+    (("thinkdiff_lvlm.py", "train", "--mini"), "2", "2"),
+    (("thinkdiff_lvlm.py", "train"), "2", "2"),
+    (("thinkdiff_lvlm.py", "train"), None, "None"),
+], ids=str)
+def test_the_miniature_uses_one_thread(words, given, threads):
+    """More of them wait for each other on a busy machine; OMP_NUM_THREADS decides if it is set."""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    environment |= {"OMP_NUM_THREADS": given} if given else {}
+    done = subprocess.run(
+        [sys.executable, "-c", "import os, sys; sys.argv[:] = sys.argv[1:]; import startup; "
+         "print(os.environ.get('OMP_NUM_THREADS'))", *words], cwd=REPO, env=environment,
+        capture_output=True, text=True)
+    assert done.stdout.strip() == threads
+
+
 # ---------------------------------------------------------------- how a script ends
 @pytest.mark.parametrize("error, code, line", [
     (SafetensorError("Error while deserializing header"), 1, "error: Error while deserializing"),

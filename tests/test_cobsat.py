@@ -143,6 +143,11 @@ def test_run_writes_the_benchmarks_layout_and_a_report(base, images):
         assert not ("(published)" in table and "(this run)" in table)
     assert "| ThinkDiff-LVLM (published) | 0.638 |" in markdown
     assert "| 0.463 |" in markdown and "| 0.058 |" in markdown
+    # means alone, ranked among the rest
+    means = re.findall(r"^\| (.*) \(published mean, from a summary\) (?:\|  ){10}\| (\S+) \|$",
+                       markdown, re.M)
+    assert [mean for _, mean in means] == "0.693 0.683 0.658 0.537 0.769 0.767 0.658 0.614".split()
+    assert means[4][0] == "TBDN with InternVL3-8B"
     report = (base / "report.html").read_text()
     assert not re.search(r"(src|href)\s*=\s*.?(?!data:)[\w./:-]*\.\w+", report)
     assert "http" not in report and "@@" not in report

@@ -1,4 +1,4 @@
-"""The encoder term: which tokens are matched, distances by hand; test_training.py trains with it."""
+"""The encoder term: which tokens are matched, distances by hand. test_training.py trains."""
 import math
 from types import SimpleNamespace
 

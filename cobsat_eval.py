@@ -1055,7 +1055,7 @@ def write_contact_sheet(args, rows):
                     pen.rectangle(box, outline=color, width=3)
             else:
                 middle = (left + side / 2, top + 22 + side / 2)
-                pen.text(middle, text, "#b3261e", font, anchor="mm", align="center")
+                pen.text(middle, text, "#444444", font, anchor="mm", align="center")
     write_atomically(args.out / "contact_sheet.png", functools.partial(sheet.save, format="PNG"))
 
 

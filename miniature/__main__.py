@@ -8,6 +8,8 @@
     python -m miniature train
     # only these, with another seed
     python -m miniature train clip vlm --seed 1 --build build-1 --weights build-1/weights
+    # contexts, and what each recipe draws from them over four seeds
+    python -m miniature gallery --out outputs/gallery.png
     # how good each stand-in is on held-out pictures
     python -m miniature check --json results/check.json
     # all 500 kinds of picture on one page
@@ -30,11 +32,11 @@ import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import common
-from cobsat_eval import DETAILS, KINDS, NOUNS
+from cobsat_eval import DETAILS, KINDS, NOUNS, shown_word
 from common import UserError, cli_main, write_atomically, write_json
 from miniature import WEIGHTS
 from miniature.world import SIZE, caption, draw
@@ -112,15 +114,26 @@ def draw_cobsat(args):
 
 
 def draw_sheet(args):
-    """`sheet`: a contact sheet of the 500 kinds, a row for each value, a column for each noun."""
-    cell = SIZE + 2
-    sheet = Image.new("RGB", (len(DETAILS) * 10 * cell, 10 * cell), "white")
-    for block, detail in enumerate(DETAILS):
+    """`sheet`: the 500 kinds on one page, a block for each detail, a row for each value."""
+    cell, margin, font = SIZE + 2, 96, ImageFont.load_default(13)
+    block = (margin + 10 * cell, 28 + 10 * cell)
+    sheet = Image.new("RGB", (2 * block[0], 3 * block[1]), "white")
+    pen = ImageDraw.Draw(sheet)
+    for number, detail in enumerate(DETAILS):
+        left, top = number % 2 * block[0], number // 2 * block[1]
+        pen.text((left + margin - 8, top + 8), detail, "black", font, anchor="ra")
+        for column, noun in enumerate(NOUNS[detail]):
+            middle = left + margin + column * cell + SIZE // 2
+            pen.text((middle, top + 8), noun, "black", font, anchor="ma")
         for row, value in enumerate(DETAILS[detail]):
+            y = top + 28 + row * cell
+            pen.text((left + margin - 8, y + SIZE // 2), shown_word(value).replace(" ", "\n"),
+                     "black", font, anchor="rm", align="right")
             for column, noun in enumerate(NOUNS[detail]):
                 image = draw(random.Random(f"sheet {value} {noun}"), detail, value, noun)
-                sheet.paste(image, ((block * 10 + column) * cell, row * cell))
-    write_atomically(args.out, lambda temporary: sheet.save(temporary, "PNG"))
+                sheet.paste(image, (left + margin + column * cell, y))
+    kind = "JPEG" if Path(args.out).suffix in (".jpg", ".jpeg") else "PNG"
+    write_atomically(args.out, lambda temporary: sheet.save(temporary, kind, quality=85))
     print(args.out)
 
 
@@ -199,6 +212,13 @@ def check(args):
     checks.check(args)
 
 
+def gallery(args):
+    """`gallery`: contexts, and what each recipe draws from them over four seeds."""
+    # imports all of the models' libraries, which takes seconds
+    from miniature import gallery as page
+    page.gallery(args)
+
+
 # ---------------------------------------------------------------- command line
 def one_of(names):
     """An argparse type: one of `names`."""
@@ -233,7 +253,7 @@ def main():
                 ("--out", str, "data/cobsat", "folder"))
 
     add_command(commands, "sheet", draw_sheet, "contact sheet of the 500 kinds of picture",
-                ("--out", str, "outputs/world.png", "PNG"))
+                ("--out", str, "outputs/world.png", "PNG or JPEG"))
 
     p = add_command(commands, "train", train, "train the stand-ins from scratch",
                     ("--build", str, "build", "folder for caches and states"),
@@ -244,13 +264,18 @@ def main():
 
     p = add_command(commands, "check", check, "accuracy of the stand-ins on held-out pictures",
                     ("--weights", str, str(WEIGHTS), "folder of the stand-ins"),
-                    ("--aligner", str, None, "for lvlm; WEIGHTS/aligner-lvlm if not given"),
-                    ("--clip-aligner", str, None, "for compose; WEIGHTS/aligner-clip if not given"),
+                    ("--aligner", str, [], "for lvlm; default: those in --weights"),
+                    ("--clip-aligner", str, [], "for compose; default: those in --weights"),
                     ("--count", common.count, 500, "questions or pictures of each sort"),
                     ("--json", str, None, "also write the figures to this file"))
     p.add_argument("names", nargs="*", type=one_of(CHECKS), metavar="NAME",
                    help="t5, clip, vlm, flux; lvlm: all of ThinkDiff-LVLM; compose: of "
                    "ThinkDiff-CLIP (none: all)")
+
+    add_command(commands, "gallery", gallery, "contexts and what each recipe draws from them",
+                ("--out", str, "outputs/gallery.png", "PNG; -clip.png beside it is ThinkDiff-CLIP"),
+                ("--weights", str, str(WEIGHTS), "folder of the stand-ins and aligners"),
+                ("--seed", common.seed, 0, "the first of four"))
 
     args = parser.parse_args()
     args.run(args)

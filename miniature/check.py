@@ -1,11 +1,10 @@
 """`python -m miniature check`: how good the stand-ins and ThinkDiff are on held-out pictures."""
 import json
-import os
 import random
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import models
@@ -14,7 +13,7 @@ import thinkdiff_clip
 import thinkdiff_lvlm
 from aligner import load_aligner
 from cobsat_eval import DETAILS, KINDS, NOUNS, shown_word
-from common import REPO, write_atomically, write_json
+from common import write_atomically, write_json
 from miniature import clip, flux, t5, vlm
 from miniature.pictures import held_out_image
 from miniature.world import SIZE, with_article
@@ -22,6 +21,7 @@ from miniature.world import SIZE, with_article
 # T5 tokens of a text, and the guidance that the miniature FLUX ignores
 T5_LENGTH = 48
 GUIDANCE = 3.5
+WRONG = "#d0021b"
 
 
 def check(args):
@@ -33,11 +33,11 @@ def check(args):
         if args.names and name not in args.names:
             continue
         if name == "lvlm":
-            results[name] = check_lvlm(
-                weights, args.aligner or weights / "aligner-lvlm", args.count)
+            paths = args.aligner or sorted(weights.glob("aligner-lvlm*"))
+            results[name] = check_lvlm(weights, paths, args.count)
         elif name == "compose":
-            results[name] = check_compose(
-                weights, args.clip_aligner or weights / "aligner-clip", args.count)
+            paths = args.clip_aligner or sorted(weights.glob("aligner-clip*"))
+            results[name] = check_compose(weights, paths, args.count)
         else:
             results[name] = stand_ins[name].check(weights, args.count)
         print(name, json.dumps(results[name], indent=1), flush=True)
@@ -50,11 +50,19 @@ def share(right):
     return round(sum(right) / len(right), 4)
 
 
-def save_grid(images, path):
-    """Writes PIL images of SIZE px on one page, 20 a row."""
-    grid = Image.new("RGB", (20 * SIZE, -(-len(images) // 20) * SIZE))
-    for i, image in enumerate(images):
-        grid.paste(image, (i % 20 * SIZE, i // 20 * SIZE))
+def save_grid(images, right, path):
+    """Writes PIL images of SIZE px on one page, 20 a row; the wrong ones have a red cross."""
+    cell = SIZE + 4
+    grid = Image.new("RGB", (20 * cell, -(-len(images) // 20) * cell), "white")
+    pen = ImageDraw.Draw(grid)
+    for i, (image, is_right) in enumerate(zip(images, right, strict=True)):
+        left, top = i % 20 * cell + 2, i // 20 * cell + 2
+        grid.paste(image, (left, top))
+        if not is_right:
+            box = (left - 2, top - 2, left + SIZE + 1, top + SIZE + 1)
+            pen.rectangle(box, outline=WRONG, width=2)
+            for lean in (1, -1):
+                pen.line((left + 5 - 4 * lean, top + 1, left + 5 + 4 * lean, top + 9), WRONG, 2)
     write_atomically(path, lambda temporary: grid.save(temporary, "PNG"))
 
 
@@ -107,47 +115,63 @@ def answer_questions(path, questions, batch):
     return words, features
 
 
-def check_lvlm(weights, aligner_path, count, seed=0, batch=50, steps=28, true_cfg=3.0):
+def draw_prompts(pipe, prompts, seeds, texts=None, batch=50, steps=28, true_cfg=3.0, desc="draw"):
+    """A PIL image for each of the prompts (n, d_t5), of any lengths.
+
+    texts: of the pooled CLIP embedding, empty if not given."""
+    texts = texts or [""] * len(prompts)
+    images = [None] * len(prompts)
+    for equal in pipelines.equal_lengths([*zip(prompts, range(len(prompts)), strict=True)], batch,
+                                         desc):
+        numbers = [i for _, i in equal]
+        drawn = pipelines.generate_images(
+            pipe, torch.stack([prompt for prompt, _ in equal]), [texts[i] for i in numbers],
+            [seeds[i] for i in numbers], SIZE, steps, GUIDANCE, true_cfg)
+        for i, image in zip(numbers, drawn, strict=True):
+            images[i] = image
+    return images
+
+
+def shares_by_detail(right):
+    """Share of true values, in all and for each detail; those take turns in `right`."""
+    return {"all": share(right),
+            **{detail: share(right[k::5]) for k, detail in enumerate(DETAILS) if right[k::5]}}
+
+
+def check_lvlm(weights, aligner_paths, count, seed=0, batch=50, **drawing):
     """ThinkDiff-LVLM on held-out in-context questions, judged by the mini CLIP: {name: shares}.
 
     A picture is right if CLIP sees the answer's noun and value, among ten each. vlm: the VLM's
-    words name them. relay: its words through T5's encoder. thinkdiff: its features through the
-    aligner. "thinkdiff of relay": of the relay's right pictures, how many ThinkDiff gets right too.
+    words name them. words: its words through T5's encoder (`--relay`). Then each aligner on its
+    features; "of words": of the pictures that the words draw right, how many it draws right too.
     """
     questions = in_context_questions(count, seed)
     kinds = [kind for _, kind in questions]
     words, features = answer_questions(weights / "qwen2-vl", questions, batch)
-    aligner = load_aligner(aligner_path)
     pipe = pipelines.load_flux(str(weights / "flux"), "cpu", torch.float32, t5_encoder=True)
-    prompts = {"relay": [], "thinkdiff": []}
-    for start in range(0, count, batch):
-        texts = words[start:start + batch]
-        prompts["relay"] += list(pipelines.t5_embeds(pipe, texts, T5_LENGTH))
-    with torch.no_grad():
-        prompts["thinkdiff"] = [aligner(x[None])[0] for x in features]  # (n, d_t5) each
-
     judge = clip.load(weights)
-    right = {"vlm": [vlm.names_kind(text, *kind) for text, kind in zip(words, kinds, strict=True)]}
-    for name, embeds in prompts.items():
-        images = [None] * count
-        jobs = list(zip(embeds, range(count), strict=True))
-        for equal in pipelines.equal_lengths(jobs, batch, f"generating {name}"):
-            seeds = [i for _, i in equal]
-            generated = pipelines.generate_images(
-                pipe, torch.stack([prompt for prompt, _ in equal]), [""] * len(equal), seeds,
-                SIZE, steps, GUIDANCE, true_cfg)
-            for i, image in zip(seeds, generated, strict=True):
-                images[i] = image
+    named = [vlm.names_kind(text, *kind) for text, kind in zip(words, kinds, strict=True)]
+    result = {"n": count, "vlm": shares_by_detail(named)}
+    by_words = None
+    for path in (None, *aligner_paths):
+        name = Path(path).name if path else "words"
+        if path:
+            aligner = load_aligner(path)
+            with torch.no_grad():
+                prompts = [aligner(x[None])[0] for x in features]  # (n, d_t5) each
+        else:
+            prompts = [*pipelines.t5_embeds(pipe, words, T5_LENGTH)]  # (48, d_t5) each
+        images = draw_prompts(pipe, prompts, range(count), batch=batch, desc=name, **drawing)
         found = clip.judge(*judge, images, [kind[0] for kind in kinds])
-        right[name] = [pair == kind[1:] for pair, kind in zip(found, kinds, strict=True)]
-        save_grid(images, f"outputs/check-{name}.png")
-
-    result = {name: share(values) for name, values in right.items()}
-    both = [a and b for a, b in zip(right["relay"], right["thinkdiff"], strict=True)]
-    result["thinkdiff of relay"] = round(sum(both) / max(1, sum(right["relay"])), 4)
-    for k, detail in enumerate(DETAILS):
-        result[detail] = {name: share(values[k::5]) for name, values in right.items()}
-    return {**result, "n": count, "aligner": os.path.relpath(aligner_path, REPO)}
+        right = [pair == kind[1:] for pair, kind in zip(found, kinds, strict=True)]
+        result[name] = shares_by_detail(right)
+        if path:
+            both = [a and b for a, b in zip(by_words, right, strict=True)]
+            result[name]["of words"] = round(sum(both) / max(1, sum(by_words)), 4)
+        else:
+            by_words = right
+        save_grid(images, right, f"outputs/check-{name}.png")
+    return result
 
 
 # ---------------------------------------------------------------- ThinkDiff-CLIP
@@ -174,8 +198,8 @@ def count_right(found, nouns, kinds):
     return result
 
 
-def check_compose(weights, aligner_path, count, seed=0, batch=50, steps=28, true_cfg=3.0):
-    """ThinkDiff-CLIP on held-out pictures, judged by the mini CLIP: {prompt: shares}.
+def check_compose(weights, aligner_paths, count, seed=0, batch=50, **drawing):
+    """ThinkDiff-CLIP on held-out pictures, judged by the mini CLIP: {name: {prompt: shares}}.
 
     I: a picture alone, redrawn with its noun and its value. I + T: with the text "a NOUN" of
     another noun; `noun` counts where that noun is seen, `value` where the picture's value is.
@@ -186,38 +210,31 @@ def check_compose(weights, aligner_path, count, seed=0, batch=50, steps=28, true
     kinds = [KINDS[i % len(KINDS)] for i in rng.sample(range(max(count, len(KINDS))), count)]
     others = [rng.choice([noun for noun in NOUNS[detail] if noun != own])
               for detail, _, own in kinds]
-    aligner = load_aligner(aligner_path)
-    pipe = pipelines.load_flux(str(weights / "flux"), "cpu", torch.float32, t5_encoder=True)
-    judge = clip.load(weights)
     size = tower.config.image_size
     pixels = [thinkdiff_clip.preprocess(random_held_out(rng, kind), size) for kind in kinds]
+    x = [thinkdiff_clip.image_tokens(tower, one[None])[0] for one in pixels]  # (17, d_vlm) each
+    pipe = pipelines.load_flux(str(weights / "flux"), "cpu", torch.float32, t5_encoder=True)
+    judge = clip.load(weights)
+    texts = [with_article(noun) for noun in others]
+    t = [*pipelines.t5_embeds(pipe, texts, T5_LENGTH)]  # (48, d_t5) each
 
-    def generate(name):
-        """One picture for each kind, from the image, the text or both."""
-        images = []
-        for start in tqdm(range(0, count, batch), f"generating {name}"):
-            seeds = list(range(start, min(start + batch, count)))
-            words = ["" if name == "I" else with_article(others[i]) for i in seeds]
-            prompt = []
-            with torch.no_grad():
-                if name != "T alone":
-                    x = torch.stack([pixels[i] for i in seeds])  # (B, 3, 64, 64)
-                    x = thinkdiff_clip.image_tokens(tower, x)  # (B, 17, d_vlm)
-                    prompt.append(aligner(x))  # (B, 17, d_t5)
-                if name != "I":
-                    prompt.append(pipelines.t5_embeds(pipe, words, T5_LENGTH))
-            images += pipelines.generate_images(
-                pipe, torch.cat(prompt, 1), words, seeds, SIZE, steps, GUIDANCE, true_cfg)
-        return images
-
-    result = {}
-    for name in ("I", "I + T", "T alone"):
-        images = generate(name)
+    def judged(prompts, texts, nouns, name):
+        """Draws the prompts; shares of pictures with these nouns, and with the pictures' own."""
+        images = draw_prompts(pipe, prompts, range(count), texts, batch, desc=name, **drawing)
         found = clip.judge(*judge, images, [kind[0] for kind in kinds])
-        if name == "I":
-            result["I"] = count_right(found, [kind[2] for kind in kinds], kinds)
-            result["I, as I + T is counted"] = count_right(found, others, kinds)
-        else:
-            result[name] = count_right(found, others, kinds)
-        save_grid(images[:200], Path("outputs") / f"check-{name.replace(' ', '')}.png")
-    return {**result, "n": count, "aligner": os.path.relpath(aligner_path, REPO)}
+        wanted = [(kind[1], noun) for kind, noun in zip(kinds, nouns, strict=True)]
+        right = [a == b for a, b in zip(found, wanted, strict=True)]
+        save_grid(images[:200], right[:200], f"outputs/check-{name.replace(' ', '')}.png")
+        return count_right(found, nouns, kinds), count_right(found, others, kinds)
+
+    own = [kind[2] for kind in kinds]
+    result = {"n": count, "T alone": judged(t, texts, others, "T alone")[0]}
+    for path in aligner_paths:
+        name, aligner = Path(path).name, load_aligner(path)
+        with torch.no_grad():
+            x_aligned = [aligner(one[None])[0] for one in x]  # (17, d_t5) each
+        both = [torch.cat(pair) for pair in zip(x_aligned, t, strict=True)]  # (65, d_t5) each
+        alone, as_composed = judged(x_aligned, None, own, f"{name} I")
+        result[name] = {"I": alone, "I, as I + T is counted": as_composed,
+                        "I + T": judged(both, texts, others, f"{name} I + T")[0]}
+    return result

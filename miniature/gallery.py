@@ -1,0 +1,175 @@
+"""`python -m miniature gallery`: contexts, and what each recipe draws from them over four seeds."""
+import json
+import random
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+import models
+import pipelines
+import thinkdiff_clip
+from aligner import load_aligner
+from cobsat_eval import DETAILS, NOUNS, shown_word
+from common import EXAMPLE, write_atomically
+from miniature import clip
+from miniature.check import T5_LENGTH, answer_questions, draw_prompts, random_held_out
+from miniature.world import label as label_of
+from miniature.world import with_article
+
+# px of an image, and between blocks of them
+IMAGE, GAP = 120, 20
+SEEDS = range(4)
+# seeds of the README's example
+EXAMPLE_SEEDS = range(24)
+RIGHT, WRONG, TEXT = "#1c7c37", "#b3261e", "#222222"
+# {folder of an aligner: its label}; None: the words
+RECIPES = {"aligner-lvlm": "paper's recipe", "aligner-lvlm-encoder": "with encoder term",
+           None: "the VLM's words"}
+CLIP_RECIPES = {"aligner-clip": "paper's recipe", "aligner-clip-encoder": "with encoder term"}
+
+
+# ---------------------------------------------------------------- what is drawn
+def example_question():
+    """The README's example: ([parts of the context], kind of the answer)."""
+    line = json.loads((EXAMPLE / "lvlm.jsonl").read_text().splitlines()[0])
+    parts = [(kind, Image.open(EXAMPLE / value).convert("RGB") if kind == "image" else value)
+             for part in line["context"] for kind, value in part.items()]
+    return parts, ("color", "red", "car")
+
+
+def held_out_questions():
+    """Five questions on held-out images, one for each detail, not selected: by fixed seeds."""
+    questions = []
+    for number, detail in enumerate(DETAILS):
+        rng = random.Random(f"gallery {detail}")
+        by_value = number % 2 == 1
+        words = rng.sample(DETAILS[detail] if by_value else NOUNS[detail], 3)
+        shared = rng.choice(NOUNS[detail] if by_value else DETAILS[detail])
+        kinds = [(detail, word, shared) if by_value else (detail, shared, word) for word in words]
+        parts = []
+        for i, (word, kind) in enumerate(zip(words, kinds, strict=True), 1):
+            gap = "\n\n" if i > 1 else ""
+            parts.append(("text", f"{gap}Word {i}: {shown_word(word)}, "))
+            if i < 3:
+                parts.append(("image", random_held_out(rng, kind)))
+        questions.append((parts, kinds[-1]))
+    return questions
+
+
+def draw_row(pipe, judge, prompt, kind, seeds, text=""):
+    """[(image, whether it shows the kind)] of one prompt (n, d_t5) for each seed."""
+    seeds = list(seeds)
+    images = draw_prompts(pipe, [prompt] * len(seeds), seeds, [text] * len(seeds))
+    found = clip.judge(*judge, images, [kind[0]] * len(seeds))
+    return [(image, pair == kind[1:]) for image, pair in zip(images, found, strict=True)]
+
+
+@torch.no_grad()
+def lvlm_rows(weights, pipe, judge, seed):
+    """[(context's cells, {label: images})] for the README's example and five other contexts."""
+    questions = [example_question(), *held_out_questions()]
+    words, features = answer_questions(weights / "qwen2-vl", questions, len(questions))
+    rows, shares = [], {}
+    for number, ((parts, kind), text, x) in enumerate(zip(questions, words, features, strict=True)):
+        cells = [[said.strip().rstrip(",").split(": ")[-1], image] for (_, said), (_, image)
+                 in zip(parts[::2], [*parts[1::2], (None, "?")], strict=True)]
+        drawn = {}
+        for folder, label in RECIPES.items():
+            prompt = pipelines.t5_embeds(pipe, [text], T5_LENGTH)[0]  # (48, d_t5)
+            if folder:
+                prompt = load_aligner(weights / folder)(x[None])[0]  # (n, d_t5)
+            seeds = [seed + i for i in (SEEDS if number else EXAMPLE_SEEDS)]
+            images = draw_row(pipe, judge, prompt, kind, seeds)
+            if not number:
+                shares[label] = sum(right for _, right in images)
+            drawn[label] = images[:len(SEEDS)]
+        rows.append((cells, drawn))
+    for label, n in shares.items():
+        print(f"the README's red car, {label}: right with {n} of {len(EXAMPLE_SEEDS)} seeds")
+    return rows
+
+
+@torch.no_grad()
+def clip_rows(weights, pipe, judge, seed):
+    """The same for ThinkDiff-CLIP: an image of each detail, redrawn or composed with a text."""
+    tower = models.load_clip(str(weights / "clip"), "cpu", torch.float32)
+    size, rows = tower.config.image_size, []
+    for number, detail in enumerate(DETAILS):
+        rng = random.Random(f"gallery {detail}")
+        kind = (detail, rng.choice(DETAILS[detail]), rng.choice(NOUNS[detail]))
+        noun = rng.choice([other for other in NOUNS[detail] if other != kind[2]])
+        image, text = random_held_out(rng, kind), ""
+        wanted = kind
+        if number % 2:
+            text, wanted = with_article(noun), (*kind[:2], noun)
+        pixels = thinkdiff_clip.preprocess(image, size)[None]
+        x = thinkdiff_clip.image_tokens(tower, pixels)  # (1, 17, d_vlm)
+        drawn = {}
+        for folder, label in CLIP_RECIPES.items():
+            prompt = [load_aligner(weights / folder)(x)[0]]  # (17, d_t5)
+            if text:
+                prompt.append(pipelines.t5_embeds(pipe, [text], T5_LENGTH)[0])
+            seeds = [seed + i for i in SEEDS]
+            drawn[label] = draw_row(pipe, judge, torch.cat(prompt), wanted, seeds, text)
+        rows.append(([[label_of(*kind), image], ["", f"+ {text}" if text else "redrawn"]], drawn))
+    return rows
+
+
+# ---------------------------------------------------------------- the page
+def mark(pen, left, top, is_right):
+    """A frame, and a tick or a cross in its corner: legible without color, too."""
+    color = RIGHT if is_right else WRONG
+    pen.rectangle((left, top, left + IMAGE - 1, top + IMAGE - 1), outline=color, width=3)
+    pen.rectangle((left, top, left + 18, top + 18), fill=color)
+    if is_right:
+        pen.line([(left + 4, top + 9), (left + 8, top + 14), (left + 15, top + 4)], "white", 3)
+    else:
+        pen.line([(left + 4, top + 4), (left + 14, top + 14)], "white", 3)
+        pen.line([(left + 4, top + 14), (left + 14, top + 4)], "white", 3)
+
+
+def draw_page(rows):
+    """A row for each context: its images, then for each recipe a block of 2 x 2 seeds."""
+    font, step = ImageFont.load_default(18), IMAGE + 4
+    n_context = max(len(cells) for cells, _ in rows)
+    labels = list(rows[0][1])
+    starts = [n_context * step + 2 * GAP + i * (2 * step + GAP) for i in range(len(labels))]
+    row_height = 2 * step + GAP
+    page = Image.new("RGB", (starts[-1] + 2 * step, 60 + len(rows) * row_height), "white")
+    pen = ImageDraw.Draw(page)
+
+    def paste(image, left, top):
+        page.paste(image.resize((IMAGE, IMAGE), Image.LANCZOS), (left, top))
+
+    pen.text((GAP, 8), "context", TEXT, font)
+    for label, left in zip(labels, starts, strict=True):
+        right = sum(is_right for _, drawn in rows for _, is_right in drawn[label])
+        pen.text((left, 8), f"{label}:\n{right} of {len(rows) * len(SEEDS)} right", TEXT, font)
+    for number, (cells, drawn) in enumerate(rows):
+        top = 60 + number * row_height
+        for i, (word, shown) in enumerate(cells):
+            left, middle = GAP + i * step, top + step // 2
+            center = left + IMAGE / 2
+            pen.text((center, middle - 10), word, TEXT, font, anchor="ms")
+            if isinstance(shown, str):
+                pen.text((center, middle + IMAGE / 2), shown, TEXT, font, anchor="mm")
+            else:
+                paste(shown, left, middle)
+        for label, start in zip(labels, starts, strict=True):
+            for i, (image, is_right) in enumerate(drawn[label]):
+                place = start + i % 2 * step, top + i // 2 * step
+                paste(image, *place)
+                mark(pen, *place, is_right)
+    return page
+
+
+def gallery(args):
+    """`gallery`: a PNG of ThinkDiff-LVLM, and NAME-clip.png of ThinkDiff-CLIP."""
+    weights, out = Path(args.weights), Path(args.out)
+    pipe = pipelines.load_flux(str(weights / "flux"), "cpu", torch.float32, t5_encoder=True)
+    judge = clip.load(weights)
+    for rows, path in ((lvlm_rows, out), (clip_rows, out.with_stem(f"{out.stem}-clip"))):
+        page = draw_page(rows(weights, pipe, judge, args.seed))
+        write_atomically(path, lambda temporary, page=page: page.save(temporary, "PNG"))
+        print(path)

@@ -1,4 +1,4 @@
-"""`python -m miniature claims`: the paper's claims measured in the miniature, and what features hold.
+"""`python -m miniature claims`: the claims of the paper, and what features hold, in the miniature.
 
 Everything is a job: a function of this file whose result is one JSON file in OUT/finished. Two
 processes work through the jobs; one that is finished is not done again, a training resumes.

@@ -59,7 +59,7 @@ EMPTY = 0.1
 TWO_PROMPTS = 0.15
 # over all processes
 BATCH = 64
-STEPS = 9000
+STEPS = 12000
 LR = 1.5e-3
 WARMUP = 100
 # fraction of the run over which the learning rate falls to 0

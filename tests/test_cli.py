@@ -60,7 +60,7 @@ def refused(words, flag, value):
 
 
 def test_every_command_is_seen():
-    assert len(PARSERS) == 3 + 3 + 1 + 4 + 1 + 1 + 5
+    assert len(PARSERS) == 3 + 3 + 1 + 4 + 1 + 1 + 7
     assert len(VALUES) > 200 and sum(is_number(action) for *_, action in VALUES) > 100
 
 

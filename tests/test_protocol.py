@@ -178,7 +178,7 @@ DEFAULTS = {
 # what the parsers set beside the flags
 NOT_FLAGS = {"run", "command", "example"}
 COMMANDS = {"train", "generate", "explain", "lvlm", "fetch", "run_all", "judge", "table", "check",
-            "draw_data", "draw_cobsat", "draw_sheet", "measure_ceilings"}
+            "draw_data", "draw_cobsat", "draw_sheet", "gallery", "claims", "measure_ceilings"}
 
 
 def parsed(script, *arguments):

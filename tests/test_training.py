@@ -462,7 +462,7 @@ def old_state(run):
             "vlm": f"{home}/{'qwen2-vl' if lvlm else 'clip'}", "t5": f"{home}/t5",
             "batch_size": 8, "lr": 2e-3, "lr_end": 2e-4, "lr_horizon": 5, "warmup": 2,
             "weight_decay": 0.5, "masking": "random", **({"features": "generated"} if lvlm else {}),
-            "norm": "t5", "hidden": None if lvlm else 512, "seed": 5, "held_out": 512}
+            "norm": "t5", "hidden": 512, "seed": 5, "held_out": 512}
 
 
 def test_resumes_bit_identical(run, tmp_path):

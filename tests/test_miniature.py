@@ -102,6 +102,8 @@ def test_a_killed_training_resumes_bit_identical(name, tmp_path, monkeypatch):
                             ("PRETRAIN_STEPS", 1), ("CLASSIFIED", 4)):
         if hasattr(module, constant):
             monkeypatch.setattr(module, constant, value)
+    # of all 500 kinds, at every save
+    monkeypatch.setattr(flux, "held_out_loss", lambda *_: 0.0)
     for build in ("whole", "killed"):
         # what FLUX is trained with
         shutil.copytree(WEIGHTS / "flux/vae", tmp_path / build / "vae")

@@ -157,12 +157,14 @@ def test_devices_are_not_mixed(gpu):
 
 
 # ---------------------------------------------------------------- training
+@pytest.mark.parametrize("encoder_loss", [0, 1])
 @pytest.mark.parametrize("script, write", [("thinkdiff_lvlm.py", write_lvlm_data),
                                            ("thinkdiff_clip.py", write_clip_data)])
-def test_training(gpu, tmp_path, script, write):
+def test_training(gpu, tmp_path, script, write, encoder_loss):
     """Loss, backward pass, optimizer, held-out loss, checkpoint, and going on from it."""
     write(tmp_path / "data")
-    run = (script, "train", *TRAIN, tmp_path / "data", "--out", tmp_path / "run")
+    run = (script, "train", *TRAIN, tmp_path / "data", "--out", tmp_path / "run",
+           "--encoder-loss", encoder_loss)
     command(*run, "--steps", 1)
     command(*run, "--steps", 2, "--resume")
     rows = read_log(tmp_path / "run")

@@ -117,18 +117,20 @@ def draw_cobsat(args):
 
 def draw_sheet(args):
     """`sheet`: the 500 kinds on one page, a block for each detail, a row for each value."""
-    cell, margin, font = SIZE + 2, 96, ImageFont.load_default(13)
-    block = (margin + 10 * cell, 28 + 10 * cell)
-    sheet = Image.new("RGB", (2 * block[0], 3 * block[1]), "white")
+    # legible where the page is shown 900 px wide
+    font, small = ImageFont.load_default(20), ImageFont.load_default(18)
+    cell, margin, head, gap = SIZE + 2, 118, 30, 16
+    block = (margin + 10 * cell + gap, head + 10 * cell + gap)
+    sheet = Image.new("RGB", (2 * block[0], 3 * block[1] + gap), "white")
     pen = ImageDraw.Draw(sheet)
     for number, detail in enumerate(DETAILS):
-        left, top = number % 2 * block[0], number // 2 * block[1]
-        pen.text((left + margin - 8, top + 8), detail, "black", font, anchor="ra")
+        left, top = number % 2 * block[0], gap + number // 2 * block[1]
+        pen.text((left + margin - 8, top), f"{detail}:", "black", font, anchor="ra")
         for column, noun in enumerate(NOUNS[detail]):
             middle = left + margin + column * cell + SIZE // 2
-            pen.text((middle, top + 8), noun, "black", font, anchor="ma")
+            pen.text((middle, top), noun, "black", small, anchor="ma")
         for row, value in enumerate(DETAILS[detail]):
-            y = top + 28 + row * cell
+            y = top + head + row * cell
             pen.text((left + margin - 8, y + SIZE // 2), shown_word(value).replace(" ", "\n"),
                      "black", font, anchor="rm", align="right")
             for column, noun in enumerate(NOUNS[detail]):

@@ -10,11 +10,10 @@ import models
 import pipelines
 import thinkdiff_clip
 from aligner import load_aligner
-from cobsat_eval import DETAILS, NOUNS, shown_word
+from cobsat_eval import DETAILS, NOUNS, shown_word, wanted_text
 from common import EXAMPLE, write_atomically
 from miniature import clip
 from miniature.check import T5_LENGTH, answer_questions, draw_prompts, random_held_out
-from miniature.world import label as label_of
 from miniature.world import with_article
 
 # px of an image, and between blocks of them
@@ -58,9 +57,12 @@ def held_out_questions():
 
 
 def draw_row(pipe, judge, prompt, kind, seeds, text=""):
-    """[(image, whether it shows the kind)] of one prompt (n, d_t5) for each seed."""
+    """[(image, whether it shows the kind)] of one prompt (n, d_t5) for each seed; with kind None
+    [(image, None)]."""
     seeds = list(seeds)
     images = draw_prompts(pipe, [prompt] * len(seeds), seeds, [text] * len(seeds))
+    if kind is None:
+        return [(image, None) for image in images]
     found = clip.judge(*judge, images, [kind[0]] * len(seeds))
     return [(image, pair == kind[1:]) for image, pair in zip(images, found, strict=True)]
 
@@ -72,8 +74,9 @@ def lvlm_rows(weights, pipe, judge, seed):
     words, features = answer_questions(weights / "qwen2-vl", questions, len(questions))
     rows, shares = [], {}
     for number, ((parts, kind), text, x) in enumerate(zip(questions, words, features, strict=True)):
+        shown = [*parts[1::2], (None, "?\n\nwanted:\n" + wanted_text(kind).replace(" ", "\n"))]
         cells = [[said.strip().rstrip(",").split(": ")[-1], image] for (_, said), (_, image)
-                 in zip(parts[::2], [*parts[1::2], (None, "?")], strict=True)]
+                 in zip(parts[::2], shown, strict=True)]
         drawn = {}
         for folder, label in RECIPES.items():
             prompt = pipelines.t5_embeds(pipe, [text], T5_LENGTH)[0]  # (48, d_t5)
@@ -90,35 +93,55 @@ def lvlm_rows(weights, pipe, judge, seed):
     return rows
 
 
-@torch.no_grad()
-def clip_rows(weights, pipe, judge, seed):
-    """The same for ThinkDiff-CLIP: an image of each detail, redrawn or composed with a text."""
-    tower = models.load_clip(str(weights / "clip"), "cpu", torch.float32)
-    size, rows = tower.config.image_size, []
+def compose_requests():
+    """[(cells of the row, images, text, kind that is wanted)] for ThinkDiff-CLIP: a held-out image
+    of each detail, in turn redrawn or composed with a text; then two composed, not judged."""
+    requests = []
     for number, detail in enumerate(DETAILS):
         rng = random.Random(f"gallery {detail}")
         kind = (detail, rng.choice(DETAILS[detail]), rng.choice(NOUNS[detail]))
         noun = rng.choice([other for other in NOUNS[detail] if other != kind[2]])
-        image, text = random_held_out(rng, kind), ""
-        wanted = kind
+        image, text, asked, wanted = random_held_out(rng, kind), "", "redrawn", kind
         if number % 2:
-            text, wanted = with_article(noun), (*kind[:2], noun)
-        pixels = thinkdiff_clip.preprocess(image, size)[None]
-        x = thinkdiff_clip.image_tokens(tower, pixels)  # (1, 17, d_vlm)
+            text = with_article(noun)
+            asked, wanted = f"+ {text}", (*kind[:2], noun)
+        requests.append(([[wanted_text(kind), image], ["", asked]], [image], text, wanted))
+    first, (label, second) = requests[1][0][0], requests[3][0][0]
+    return [*requests, ([first, [f"+ {label}", second]], [first[1], second], "", None)]
+
+
+@torch.no_grad()
+def clip_rows(weights, pipe, judge, seed):
+    """The same for ThinkDiff-CLIP, of compose_requests."""
+    tower, rows = models.load_clip(str(weights / "clip"), "cpu", torch.float32), []
+    for cells, images, text, wanted in compose_requests():
+        pixels = [thinkdiff_clip.preprocess(image, tower.config.image_size) for image in images]
+        x = thinkdiff_clip.image_tokens(tower, torch.stack(pixels))  # (n, 17, d_vlm)
         drawn = {}
         for folder, label in CLIP_RECIPES.items():
-            prompt = [load_aligner(weights / folder)(x)[0]]  # (17, d_t5)
+            prompt = [*load_aligner(weights / folder)(x)]  # (17, d_t5) each
             if text:
                 prompt.append(pipelines.t5_embeds(pipe, [text], T5_LENGTH)[0])
             seeds = [seed + i for i in SEEDS]
             drawn[label] = draw_row(pipe, judge, torch.cat(prompt), wanted, seeds, text)
-        rows.append(([[label_of(*kind), image], ["", f"+ {text}" if text else "redrawn"]], drawn))
+        rows.append((cells, drawn))
     return rows
 
 
 # ---------------------------------------------------------------- the page
+def count_right(rows):
+    """{label: "3 of 4 right"} over the images of all rows that are judged."""
+    lines = {}
+    for label in rows[0][1]:
+        judged = [right for _, drawn in rows for _, right in drawn[label] if right is not None]
+        lines[label] = f"{sum(judged)} of {len(judged)} right"
+    return lines
+
+
 def mark(pen, left, top, is_right):
-    """A frame, and a tick or a cross in its corner: legible without color, too."""
+    """A frame, and a tick or a cross in its corner: legible without color, too. None: neither."""
+    if is_right is None:
+        return
     color = RIGHT if is_right else WRONG
     pen.rectangle((left, top, left + IMAGE - 1, top + IMAGE - 1), outline=color, width=3)
     pen.rectangle((left, top, left + 18, top + 18), fill=color)
@@ -129,7 +152,7 @@ def mark(pen, left, top, is_right):
         pen.line([(left + 4, top + 14), (left + 14, top + 4)], "white", 3)
 
 
-def draw_page(rows):
+def draw_page(rows, seed):
     """A row for each context: its images, then for each recipe a block of 2 x 2 seeds."""
     font, step = ImageFont.load_default(18), IMAGE + 4
     n_context = max(len(cells) for cells, _ in rows)
@@ -142,10 +165,9 @@ def draw_page(rows):
     def paste(image, left, top):
         page.paste(image.resize((IMAGE, IMAGE), Image.LANCZOS), (left, top))
 
-    pen.text((GAP, 8), "context", TEXT, font)
-    for label, left in zip(labels, starts, strict=True):
-        right = sum(is_right for _, drawn in rows for _, is_right in drawn[label])
-        pen.text((left, 8), f"{label}:\n{right} of {len(rows) * len(SEEDS)} right", TEXT, font)
+    pen.text((GAP, 8), f"context;\nseeds {seed} to {seed + len(SEEDS) - 1}", TEXT, font)
+    for (label, line), left in zip(count_right(rows).items(), starts, strict=True):
+        pen.text((left, 8), f"{label}:\n{line}", TEXT, font)
     for number, (cells, drawn) in enumerate(rows):
         top = 60 + number * row_height
         for i, (word, shown) in enumerate(cells):
@@ -153,7 +175,8 @@ def draw_page(rows):
             center = left + IMAGE / 2
             pen.text((center, middle - 10), word, TEXT, font, anchor="ms")
             if isinstance(shown, str):
-                pen.text((center, middle + IMAGE / 2), shown, TEXT, font, anchor="mm")
+                pen.text((center, middle + IMAGE / 2), shown, TEXT, font, anchor="mm",
+                         align="center")
             else:
                 paste(shown, left, middle)
         for label, start in zip(labels, starts, strict=True):
@@ -170,6 +193,8 @@ def gallery(args):
     pipe = pipelines.load_flux(str(weights / "flux"), "cpu", torch.float32, t5_encoder=True)
     judge = clip.load(weights)
     for rows, path in ((lvlm_rows, out), (clip_rows, out.with_stem(f"{out.stem}-clip"))):
-        page = draw_page(rows(weights, pipe, judge, args.seed))
+        found = rows(weights, pipe, judge, args.seed)
+        print(*(f"{label}: {line}" for label, line in count_right(found).items()), sep="\n")
+        page = draw_page(found, args.seed)
         write_atomically(path, lambda temporary, page=page: page.save(temporary, "PNG"))
         print(path)

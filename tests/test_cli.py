@@ -224,11 +224,12 @@ def test_importing_it_elsewhere_changes_nothing():
 ], ids=str)
 def test_the_miniature_uses_one_thread(words, given, threads):
     """More of them wait for each other on a busy machine; OMP_NUM_THREADS decides if it is set."""
+    show = "os.environ.get('OMP_NUM_THREADS')" if threads == "None" else "torch.get_num_threads()"
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     environment |= {"OMP_NUM_THREADS": given} if given else {}
     done = subprocess.run(
-        [sys.executable, "-c", "import os, sys; sys.argv[:] = sys.argv[1:]; import startup; "
-         "print(os.environ.get('OMP_NUM_THREADS'))", *words], cwd=REPO, env=environment,
+        [sys.executable, "-c", "import os, sys; sys.argv[:] = sys.argv[1:]; import startup, torch; "
+         f"print({show})", *words], cwd=REPO, env=environment,
         capture_output=True, text=True)
     assert done.stdout.strip() == threads
 

@@ -171,19 +171,24 @@ def run_script(*command):
 
 
 def train_aligners(args):
-    """Draws and describes images, and trains the ALIGNERS by the real scripts."""
+    """Draws and describes images, and trains the ALIGNERS by the real scripts, two at a time."""
     build, weights = Path(args.build), Path(args.weights)
     images, features = build / "images", build / "features"
     run_script("-m", "miniature", "draw", "--out", images, "--count", 5000)
     run_script("prepare_data.py", "lvlm", "--mini", "--images", images, "--out", features,
                "--vlm", weights / "qwen2-vl", "--seed", args.seed)
-    for name, (variant, encoder_loss) in ALIGNERS.items():
+
+    def train_aligner(name):
+        variant, encoder_loss = ALIGNERS[name]
         data, encoder = (features, "qwen2-vl") if variant == "lvlm" else (images, "clip")
         run_script(f"thinkdiff_{variant}.py", "train", "--mini", "--resume", "--data", data,
                    "--out", build / name, "--vlm", weights / encoder, "--t5", weights / "t5",
                    "--encoder-loss", encoder_loss, "--seed", args.seed)
         for file in ("config.json", "model.safetensors"):
             write_atomically(weights / name / file, (build / name / "aligner" / file).read_bytes())
+
+    with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
+        list(pool.map(train_aligner, ALIGNERS))
 
 
 def train(args):

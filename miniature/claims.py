@@ -22,9 +22,11 @@ from types import SimpleNamespace
 from typing import NamedTuple
 from unittest import mock
 
+import diffusers
 import numpy as np
 import torch
 import torch.nn.functional as F
+import transformers
 from PIL import Image
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
@@ -43,7 +45,7 @@ import training_data
 from aligner import Aligner, load_aligner
 from cobsat_eval import ANIMALS, DETAILS, KINDS, NOUNS, OBJECTS, oracle_text, shown_word
 from common import UserError, read_json, write_json, write_tensors
-from miniature import clip, vlm
+from miniature import clip, flux, vlm
 from miniature.__main__ import FAST_MALLOC, run_script
 from miniature.check import T5_LENGTH, draw_prompts, in_context_questions, random_held_out
 from miniature.pictures import held_out_image
@@ -53,6 +55,8 @@ from miniature.world import caption, with_article
 SIZES = {
     "images": 5000, "questions": 250, "pictures": 150, "flux_steps": 14, "train_steps": 1500,
     "seeds": 3, "checkpoints": [50, 100, 200, 400, 800], "samples": [250, 1000],
+    # beside the default, 40
+    "tokens": [16, 64],
     "hard": 100, "noise": [0.1, 0.2, 0.3], "blend": [0.3, 0.4, 0.45],
     "shared": 60, "candidates": 24, "draws": 4,
     "captions": 6000, "reader_steps": 1500, "plain_kinds": 200, "per_kind": 8, "redrawn_kinds": 50,
@@ -96,7 +100,7 @@ class Run(NamedTuple):
 def data_sets():
     """{name: flags of prepare_data.py}."""
     sets = {"features": (), "input": ("--features", "input")}
-    sets |= {f"tokens-{n}": ("--tokens", n) for n in (16, 32, 64)}
+    sets |= {f"tokens-{n}": ("--tokens", n) for n in SIZES["tokens"]}
     return sets | {f"samples-{n}": ("--count", n) for n in SIZES["samples"]}
 
 
@@ -112,9 +116,9 @@ def training_runs():
             Run("deeper", replacement="deeper"),
             clip_run("paper"), clip_run("norm-default", "--norm", "default"),
             clip_run("norm-none", "--norm", "none")]
-    runs += [Run(f"tokens-{n}", data=f"tokens-{n}") for n in (16, 32, 64)]
+    runs += [Run(f"tokens-{n}", data=f"tokens-{n}") for n in SIZES["tokens"]]
     runs += [Run(f"hidden-{n}", ("--hidden", n)) for n in (32, 256)]
-    for weight in (0.5, 1, 2):
+    for weight in (1, 2):
         runs.append(Run(f"encoder-{weight}", ("--encoder-loss", weight)))
         runs.append(clip_run(f"encoder-{weight}", "--encoder-loss", weight))
     for n in SIZES["samples"]:
@@ -134,7 +138,8 @@ def all_jobs():
     seeds = range(SIZES["seeds"])
     first = [Job(f"data {name}", prepare, {"name": name, "flags": flags})
              for name, flags in data_sets().items()]
-    first += [Job("main", answer_main, {}), Job("main-input", answer_main, {"features": "input"}),
+    first += [Job("main", answer_main, {"name": "main"}),
+              Job("main-input", answer_main, {"name": "main-input", "features": "input"}),
               Job("pictures", encode_pictures, {}), Job("plain", describe_plain, {}),
               Job("reader", train_reader, {})]
     first += [Job(f"sampled-{k}", answer_main, {"name": f"sampled-{k}", "sample": k})
@@ -199,20 +204,31 @@ class DeeperAligner(Aligner):
             self.net[5].weight.data.copy_(t5_norm_weight)
 
 
-@functools.cache
-def tower_cache():
-    """{bytes of an image: the tower's tokens (17, d_vlm)}, for all trainings of a process."""
-    return {}
+# {bytes of an image or an answer: what a frozen model makes of it}, for all trainings of a process
+KEPT = {}
 
 
-def cached_image_tokens(clip_tower, pixels, image_tokens=thinkdiff_clip.image_tokens):
-    """thinkdiff_clip.image_tokens, which keeps what it has computed: the tower is frozen."""
-    kept = tower_cache()
+def kept_image_tokens(clip_tower, pixels, image_tokens=thinkdiff_clip.image_tokens):
+    """thinkdiff_clip.image_tokens, computed once for each image."""
     keys = [one.numpy().tobytes() for one in pixels]
     for key, one in zip(keys, pixels, strict=True):
-        if key not in kept:
-            kept[key] = image_tokens(clip_tower, one[None])[0]
-    return torch.stack([kept[key] for key in keys])
+        if key not in KEPT:
+            KEPT[key] = image_tokens(clip_tower, one[None])[0]
+    return torch.stack([KEPT[key] for key in keys])
+
+
+def kept_targets(samples, tokenizers, t5, matched_targets=encoder_term.matched_targets):
+    """encoder_term.matched_targets, computed once for each answer."""
+    targets, weights = [], []
+    for x, first, rest in samples:
+        y = torch.cat([first, rest])
+        key = y.numpy().tobytes()
+        if key not in KEPT:
+            KEPT[key] = matched_targets([(x, y, y[:0])], tokenizers, t5)
+        e, weight, _ = KEPT[key]
+        targets.append(e[0, :len(first)])
+        weights.append(weight[0, :len(first)])
+    return pad_sequence(targets, True), pad_sequence(weights, True), False
 
 
 def kept_sample(data, i, read=training_data.ImageCaptionDataset.__getitem__):
@@ -227,20 +243,22 @@ def kept_sample(data, i, read=training_data.ImageCaptionDataset.__getitem__):
 # {name: [(object, name of its attribute, what takes its place)]}
 REPLACEMENTS = {
     "": [],
+    "lvlm": [(encoder_term, "matched_targets", kept_targets)],
     "scattered": [(thinkdiff_lvlm, "split", scattered_split)],
     "sentences": [(thinkdiff_lvlm, "split", sentence_split)],
     "deeper": [(thinkdiff_lvlm, "Aligner", DeeperAligner),
                (aligner_module, "Aligner", DeeperAligner)],
-    "clip": [(thinkdiff_clip, "image_tokens", cached_image_tokens),
+    "clip": [(thinkdiff_clip, "image_tokens", kept_image_tokens),
              (training_data.ImageCaptionDataset, "__getitem__", kept_sample)],
 }
 
 
-def replaced(name):
-    """A context in which the functions of REPLACEMENTS[name] take the place of the real ones."""
+def replaced(*names):
+    """A context in which the functions of REPLACEMENTS take the place of the real ones."""
     stack = contextlib.ExitStack()
-    for of, attribute, replacement in REPLACEMENTS[name]:
-        stack.enter_context(mock.patch.object(of, attribute, replacement))
+    for name in names:
+        for of, attribute, replacement in REPLACEMENTS[name]:
+            stack.enter_context(mock.patch.object(of, attribute, replacement))
     return stack
 
 
@@ -271,7 +289,7 @@ def train_aligner(place, run, seed):
     if run.name in RECIPES["lvlm"]:
         # checkpoints are judged, too
         flags += ["--save-every", min(SIZES["checkpoints"]), "--keep", 10**6]
-    with replaced(run.replacement or ("" if lvlm else "clip")):
+    with replaced(run.variant, run.replacement):
         call(thinkdiff_lvlm if lvlm else thinkdiff_clip, "train", "--mini", "--resume",
              "--data", place.out / "data" / run.data if lvlm else place.out / "images",
              "--out", folder, "--vlm", place.weights / ("qwen2-vl" if lvlm else "clip"),
@@ -334,17 +352,17 @@ def context(words, images):
     """The chat of an in-context question: all words but the last with an image."""
     parts = []
     for i, word in enumerate(words):
-        parts.append(("text", f"{chr(10) * 2 * (i > 0)}Word {i + 1}: {shown_word(word)}, "))
+        gap = "\n\n" if i else ""
+        parts.append(("text", f"{gap}Word {i + 1}: {shown_word(word)}, "))
         parts += [("image", image) for image in images[i:i + 1]]
     return thinkdiff_lvlm.context_messages(parts, thinkdiff_lvlm.INSTRUCTION)
 
 
-def answer_main(place, name="main", features="generated", sample=None):
+def answer_main(place, name, features="generated", sample=None):
     """Job: the in-context questions of `check`."""
     questions = in_context_questions(SIZES["questions"], 0)
     chats = [thinkdiff_lvlm.context_messages(parts, thinkdiff_lvlm.INSTRUCTION)
              for parts, _ in questions]
-    name = "main-input" if features == "input" else name
     return answer(place, name, chats, [kind for _, kind in questions], features, sample)
 
 
@@ -549,10 +567,13 @@ def align(folder, x):
 
 
 def draw_and_judge(place, prompts, kinds, texts=None):
-    """Images of prompts [(n, d_t5)], noise of seeds 0, 1, ..., and whether CLIP sees the kinds."""
+    """Images of prompts [(n, d_t5)], noise of seeds 0, 1, ..., and whether CLIP sees the kinds.
+
+    FLUX's products are in bf16, as they are on a GPU."""
     own = tools(place.weights)
-    images = draw_prompts(own.pipe, prompts, range(len(prompts)), texts, BATCH,
-                          SIZES["flux_steps"])
+    with flux.bf16_products():
+        images = draw_prompts(own.pipe, prompts, range(len(prompts)), texts, BATCH,
+                              SIZES["flux_steps"])
     found = clip.judge(*own.judge, images, [kind[0] for kind in kinds])
     return images, [pair == kind[1:] for pair, kind in zip(found, kinds, strict=True)]
 
@@ -580,7 +601,6 @@ def transfer(place, x_aligned, kinds, targets=None):
 
 def train_and_judge(place, run, seed):
     """Job: an aligner with its curve, what it draws, and how near it is to T5's encoder."""
-    run = Run(*run)
     folder = train_aligner(place, run, seed)
     rows = [line.split(",") for line in (folder / "log.csv").read_text().splitlines()[1:]]
     curve = [[int(row[0]), float(row[1]), float(row[2]) if row[2] else None] for row in rows]
@@ -704,6 +724,9 @@ def start_worker(sizes):
     """Prepares a process: the sizes of this run, one thread, and an end with its parent."""
     SIZES.update(sizes)
     torch.set_num_threads(1)
+    # as common.cli_main: what the libraries warn about is done on purpose
+    for library in (transformers, diffusers):
+        library.utils.logging.set_verbosity_error()
 
     def end_with_parent():
         multiprocessing.parent_process().join()

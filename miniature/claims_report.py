@@ -305,7 +305,7 @@ def ablations(r):
            "Scattered: any tokens are read, the others written. Sentences: the prefix ends with a "
            "sentence. Deeper: one more linear layer of the same width.")
     names = {"paper: prefix, 40 tokens, width 512": "paper", "scattered": "scattered",
-             "sentences": "sentences", **{f"{n} tokens": f"tokens-{n}" for n in (16, 32, 64)},
+             "sentences": "sentences", **{f"{n} tokens": f"tokens-{n}" for n in SIZES["tokens"]},
              **{f"width {n}": f"hidden-{n}" for n in (32, 256)}, "deeper": "deeper"}
     r.table(["change", *seed_columns()],
             [r.accuracy_row(label, name) for label, name in names.items()])
@@ -313,7 +313,7 @@ def ablations(r):
 
 def encoder_weights(r):
     r.head("6. The encoder term", "Its weight lambda, for both variants; 0 is the paper's loss.")
-    weights = {0: "paper", 0.5: "encoder-0.5", 1: "encoder-1", 2: "encoder-2"}
+    weights = {0: "paper", 1: "encoder-1", 2: "encoder-2"}
     r.table(["LVLM, lambda", *seed_columns()],
             [r.accuracy_row(weight, name) for weight, name in weights.items()], "LVLM.")
     style = [i for i, kind in enumerate(r.results["pictures"]["kinds"]) if kind[0] == "style"]
@@ -474,8 +474,8 @@ def write(place):
         f"{transformers.__version__}, diffusers {diffusers.__version__}.\n",
         f"Aligners of {SIZES['seeds']} seeds each, {SIZES['train_steps']} steps on "
         f"{SIZES['images']} images unless said; held-out questions and images, "
-        f"{SIZES['flux_steps']} FLUX steps, `--true-cfg 3`, judged by the mini CLIP: right if it "
-        "sees noun and value, among ten each. In brackets (a to b): Wilson's 95 % interval over "
+        f"{SIZES['flux_steps']} FLUX steps in bf16, `--true-cfg 3`, judged by the mini CLIP: right "
+        "if it sees noun and value, among ten each. In brackets (a to b): Wilson's 95 % interval over "
         "the questions of one seed; [a, b]: lowest and highest seed. encoder-L: with the encoder "
         "term, lambda L. Written by code; it draws no conclusions."]
     for section in (norms, masking, shots, steps, ablations, encoder_weights, transfers,

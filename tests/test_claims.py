@@ -15,9 +15,9 @@ from miniature import WEIGHTS, claims, claims_report
 
 TINY = {
     "images": 40, "questions": 12, "pictures": 10, "flux_steps": 2, "train_steps": 20, "seeds": 1,
-    "checkpoints": [10], "samples": [20], "hard": 5, "noise": [0.2], "blend": [0.4], "shared": 4,
-    "candidates": 3, "draws": 1, "captions": 200, "reader_steps": 20, "plain_kinds": 10,
-    "per_kind": 4, "redrawn_kinds": 5,
+    "checkpoints": [10], "samples": [20], "tokens": [16], "hard": 5, "noise": [0.2],
+    "blend": [0.4], "shared": 4, "candidates": 3, "draws": 1, "captions": 200, "reader_steps": 20,
+    "plain_kinds": 10, "per_kind": 4, "redrawn_kinds": 5,
 }
 
 

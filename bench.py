@@ -587,7 +587,7 @@ def video_job(_, args, **options):
     """A video of 49 frames by CogVideoX, from 226 prompt tokens."""
     pipe = video_for(args, **options)
     prompt = torch.randn(1, 226, pipe.transformer.config.text_embed_dim, dtype=args.dtype)
-    draw = partial(pipelines.generate_videos, pipe, prompt, [0], size=None, frames=49,
+    draw = partial(pipelines.generate_images, pipe, prompt, [""], [0], size=None, num_frames=49,
                    steps=args.flux_steps, guidance=6.0)
     return Job(draw, samples=1)
 

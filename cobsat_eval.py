@@ -73,11 +73,13 @@ from models import encode_messages, feature_width, load_vlm
 from pipelines import (
     FLUX_FLAGS,
     SPEED,
+    VIDEOS,
+    add_decoder_flags,
     generate_images,
-    load_flux,
+    load_decoder,
     pipeline_options,
     prompt_width,
-    t5_embeds,
+    text_embeds,
     vlm_options,
 )
 from thinkdiff_lvlm import INFERENCE, INSTRUCTION, context_messages, generate_with_features
@@ -377,7 +379,7 @@ def generate_settings(args):
     vlm = {"vlm": fingerprint(args.vlm), "instruction": INSTRUCTION, "number_images": True,
            "max_new_tokens": args.max_new_tokens, "images": fingerprint(
                args.images / "datasets", [args.images / reference_file(*kind) for kind in KINDS])}
-    flux = {"scale": args.scale, "flux": fingerprint(args.flux)}
+    flux = {"scale": args.scale, args.decoder: fingerprint(vars(args)[args.decoder])}
     for name in ("size", "steps", "guidance", "true_cfg", "seed"):
         flux[name] = getattr(args, name)
     if args.cache:
@@ -436,7 +438,7 @@ def read_answer(args, p):
 
 
 def image_batches(args, method, mine):
-    """Batches still to be drawn, each of prompt embeddings of one length: FLUX has no text mask."""
+    """Batches still to be drawn, each of features, or of texts, of one length."""
     by_length = {}
     for p in mine:
         length = len(read_answer(args, p)[0]) if method == "thinkdiff" else args.t5_length
@@ -461,8 +463,8 @@ def draw_images(args, method, batches, pipe, aligner):
                 # (B, n, d_vlm) -> (B, n, d_t5)
                 embeds = aligner(x.to(*pick_device(args.dtype)))
         else:
-            # (B, t5_length, d_t5)
-            embeds = t5_embeds(pipe, [text for _, text, _ in answers], args.t5_length)
+            # B x (n, d_t5)
+            embeds = [text_embeds(pipe, text, args) for _, text, _ in answers]
         seeds = [args.seed + p.number for p in batch]
         images = generate_images(pipe, embeds, [""] * len(batch), seeds, args.size, args.steps,
                                  args.guidance, args.true_cfg)
@@ -480,7 +482,9 @@ def draw_images(args, method, batches, pipe, aligner):
 
 def generate(args):
     """`generate`: each method's images, this rank's share of the prompts."""
-    options = pipeline_options(args)
+    if args.decoder in VIDEOS:
+        raise UserError(f"--decoder {args.decoder} draws videos, and CoBSAT judges images")
+    pipeline_options(args)
     mine = selected_prompts(args)
     need_references(args, {name for p in mine for name in p.pictures})
     rank, world_size, _ = torchrun_ranks()
@@ -504,7 +508,7 @@ def generate(args):
         return
     # T5's encoder is for texts and for the empty prompt of classifier-free guidance
     t5_encoder = args.true_cfg > 1 or set(args.method) != {"thinkdiff"}
-    pipe = load_flux(args.flux, *pick_device(args.dtype), t5_encoder=t5_encoder, **options)
+    pipe = load_decoder(args, *pick_device(args.dtype), t5_encoder)
     for method, batches in work.items():
         draw_images(args, method, batches, pipe, aligner)
 
@@ -1120,7 +1124,9 @@ def main():
     commands = parser.add_subparsers(dest="command", required=True)
     for name, run in {"run": run_all, "generate": generate, "judge": judge, "table": table}.items():
         groups = {title: rows for title, (names, rows) in FLAGS.items() if name in names.split()}
-        add_command(commands, name, run, run.__doc__.splitlines()[0], groups)
+        p = add_command(commands, name, run, run.__doc__.splitlines()[0], groups)
+        if name in ("run", "generate"):
+            add_decoder_flags(p, video=False)
     args = parser.parse_args()
     if "results" in args:
         args.out = args.results

@@ -36,14 +36,18 @@ MODELS = {
     "t5": "google/flan-t5-xxl",
     "flux": "black-forest-labs/FLUX.1-dev",
     "clip": "Salesforce/blip2-flan-t5-xxl",
+    "pixart": "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS",
+    "sd3": "stabilityai/stable-diffusion-3.5-medium",
+    "chroma": "lodestones/Chroma1-HD",
     "cogvideox": "THUDM/CogVideoX-5b",
+    "ltx": "Lightricks/LTX-Video",
     "judge-vlm": "llava-hf/llava-1.5-13b-hf",
     "judge-clip": "openai/clip-vit-base-patch32",
 }
 MINI = {
     flag: f"{REPO}/miniature/weights/{folder}"
     for flag, folder in {
-        "vlm": "qwen2-vl", "t5": "t5", "flux": "flux", "clip": "clip",
+        "vlm": "qwen2-vl", "t5": "t5", "flux": "flux", "pixart": "pixart", "clip": "clip",
         "aligner": "aligner-lvlm", "aligner-clip": "aligner-clip",
     }.items()
 }

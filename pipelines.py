@@ -4,6 +4,7 @@ import argparse
 import importlib.util
 import itertools
 import json
+import math
 import os
 import re
 import sys
@@ -12,8 +13,9 @@ from pathlib import Path
 import torch
 import transformers
 from PIL.PngImagePlugin import PngInfo
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import CLIPTextModel, T5EncoderModel
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
 
 import common
 from common import MINI, MODELS, UserError, first_line, number, positive
@@ -31,22 +33,63 @@ FLUX_FLAGS = [
     ("--seed", common.seed, 0, 0, "seed of the first image's noise; the next ones count up"),
     ("--steps", positive, 28, 28, "[release] denoising steps"),
     ("--guidance", number(float, 0), 3.5, 3.5,
-     "[release] FLUX's distilled guidance (the miniature FLUX has none and ignores it)"),
+     "[release] FLUX's distilled guidance (the miniature FLUX has none and ignores it); of the "
+     "other decoders classifier-free guidance"),
     ("--true-cfg", number(float, 1), 1.0, 3.0,
-     "[ours] classifier-free guidance away from the empty prompt, at twice the cost; 1: none, as "
-     "FLUX.1-dev has its guidance built in"),
+     "[ours] classifier-free guidance of FLUX away from the empty prompt, at twice the cost; 1: "
+     "none, as FLUX.1-dev has its guidance built in"),
+]
+# what the other decoders have in place of FLUX's defaults (size None: the model's own) [diffusers]
+DEFAULTS = {
+    "pixart": {"steps": 20, "guidance": 4.5, "size": 1024},
+    "sd3": {"steps": 28, "guidance": 7.0, "size": 1024},
+    "chroma": {"steps": 35, "guidance": 5.0, "size": 1024},
+    "cogvideox": {"steps": 50, "guidance": 6.0, "size": None},
+    "ltx": {"steps": 50, "guidance": 3.0, "size": None, "fps": 25},
+}
+MINI_DEFAULTS = {**DEFAULTS, "pixart": {"steps": 28, "guidance": 3.0, "size": 64}}
+DECODERS = ("flux", *DEFAULTS)
+# tokens of the longest prompt that each was trained with; FLUX, trained with 512, gets more from
+# many images, as in the paper
+LONGEST = {"pixart": 300, "sd3": 256, "chroma": 512, "cogvideox": 226, "ltx": 128}
+VIDEOS = ("cogvideox", "ltx")
+# those with a text mask, so that prompts need no padding
+MASKED = ("pixart", "chroma", "ltx")
+OTHER_ENCODERS = {
+    "wan": "umT5", "auraflow": "umT5", "hunyuanvideo": "Qwen2.5-VL and ByT5", "cosmos": "T5-11B",
+    "prx": "T5Gemma", "flux2": "Mistral", "qwenimage": "Qwen2.5-VL", "zimage": "Qwen3",
+}
+
+
+def decoder_name(text):
+    """An argparse type: a key of DECODERS. Names the text encoder of those that cannot work."""
+    name = re.sub("[^a-z0-9]", "", text.lower())
+    if name in OTHER_ENCODERS:
+        raise argparse.ArgumentTypeError(
+            f"{text} reads {OTHER_ENCODERS[name]}, and an aligner leads to T5 v1.1-XXL: choose "
+            f"{', '.join(DECODERS)}")
+    if name not in DECODERS:
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(DECODERS)}")
+    return name
+
+
+DECODER_FLAGS = [
+    ("--decoder", decoder_name, "flux", "flux",
+     f"what draws: {', '.join(DECODERS)}; the last two draw videos. Each has its own --steps, "
+     "--guidance and --size"),
+    *((f"--{name}", str, MODELS[name], MINI.get(name, MODELS[name]), "path or hub name")
+      for name in DECODERS if name != "flux"),
+]
+VIDEO_FLAGS = [
+    ("--frames", number(int, 1, 10_001, step=4), 49, 49,
+     "[ours] frames of a video: 4 k + 1; of ltx 8 k + 1"),
+    ("--fps", positive, 8, 8, "[ours] frames a second of a video"),
 ]
 OUTPUT_FLAGS = [
     ("--out", Path, None, None, "image, or folder with --batch; default: outputs/NNNN.png"),
     ("--overwrite", bool, False, False, "allow replacing existing images"),
     ("--num-images", positive, 1, 1, "images for each context, with seeds counting up"),
     ("--batch-size", positive, 1, 32, "contexts, and then images, computed together"),
-]
-VIDEO_FLAGS = [
-    ("--decoder", ("flux", "cogvideox"), "flux", "flux", "FLUX: an image; CogVideoX: a video"),
-    ("--cogvideox", str, MODELS["cogvideox"], MODELS["cogvideox"], "path or hub name"),
-    ("--frames", number(int, 1, 10_001, step=4), 49, 49, "[ours] frames of a video: 4 k + 1"),
-    ("--fps", positive, 8, 8, "[ours] frames a second of a video"),
 ]
 SPEED = {"memory and speed (all off: the stock pipeline's images, bit for bit)": [
     ("--offload", bool, False, False,
@@ -85,19 +128,25 @@ def add_context_flags(parser, variant, example_line):
                        "--out; image paths are relative to the file")
 
 
-def add_composition_flags(parser):
-    """Adds --image-weight and the flags of CogVideoX, with which other defaults hold [release]."""
-    group = parser.add_argument_group("composition and video")
-    group.add_argument("--image-weight", action="append", type=image_weight,
-                       default=[], help="factor of an image's aligned tokens, one for each "
-                       "--image; 1 is the paper's, FLUX was trained for no other")
-    for row in VIDEO_FLAGS:
+def add_decoder_flags(parser, video=True):
+    """Adds DECODER_FLAGS, and makes the defaults those of the decoder on the command line."""
+    group = parser.add_argument_group("decoder")
+    for row in DECODER_FLAGS + VIDEO_FLAGS * video:
         common.add_flag(group, *row)
-    group.add_argument("--video", dest="decoder", action="store_const", const="cogvideox",
-                        default=argparse.SUPPRESS, help="short for --decoder cogvideox")
-    given = " ".join(sys.argv).replace("=", " ")
-    if "--video" in sys.argv or "--decoder cogvideox" in given:
-        parser.set_defaults(steps=50, guidance=6.0, size=None)
+    if video:
+        group.add_argument("--video", dest="decoder", action="store_const", const="cogvideox",
+                           default=argparse.SUPPRESS, help="short for --decoder cogvideox")
+    given = " ".join(sys.argv).replace("=", " ").replace("--video", "--decoder cogvideox")
+    for name, defaults in (MINI_DEFAULTS if common.is_mini() else DEFAULTS).items():
+        if re.search(rf"--decoder {name}\b", given):
+            parser.set_defaults(**defaults)
+
+
+def add_composition_flags(parser):
+    """Adds --image-weight."""
+    parser.add_argument("--image-weight", action="append", type=image_weight, default=[],
+                        help="factor of an image's aligned tokens, one for each --image; 1 is the "
+                        "paper's, FLUX was trained for no other")
 
 
 def pipeline_options(args):
@@ -109,10 +158,12 @@ def pipeline_options(args):
                         "here: leave it out")
     if args.quantize and not importlib.util.find_spec("torchao"):
         raise UserError(f"--quantize needs one more package: pip install {TORCHAO}")
-    if is_video(args):
+    if args.decoder in VIDEOS:
         if not all(map(importlib.util.find_spec, ("imageio", "imageio_ffmpeg"))):
             raise UserError("videos need two more packages: pip install imageio==2.38.1 "
                             "imageio-ffmpeg==0.8.1")
+    if args.decoder == "ltx" and args.frames % 8 != 1:
+        raise UserError(f"--frames {args.frames}: LTX draws 8 k + 1 frames, such as 49 or 57")
     return {name: vars(args)[name] for name in ("offload", "quantize", "compile", "cache")}
 
 
@@ -130,10 +181,16 @@ def vlm_options(args):
     return {"quantization_config": transformers.TorchAoConfig(int8_weights())}
 
 
-# those of transformers, of which diffusers would not notice missing weights
+# {pipeline: its text encoders}, of which diffusers would not notice missing weights
 TEXT_ENCODERS = {
     "FluxPipeline": {"text_encoder": CLIPTextModel, "text_encoder_2": T5EncoderModel},
+    "PixArtSigmaPipeline": {"text_encoder": T5EncoderModel},
+    "StableDiffusion3Pipeline": {
+        "text_encoder": CLIPTextModelWithProjection, "text_encoder_2": CLIPTextModelWithProjection,
+        "text_encoder_3": T5EncoderModel},
+    "ChromaPipeline": {"text_encoder": T5EncoderModel},
     "CogVideoXPipeline": {"text_encoder": T5EncoderModel},
+    "LTXPipeline": {"text_encoder": T5EncoderModel},
 }
 
 
@@ -180,95 +237,156 @@ def load_flux(path, device, dtype, t5_encoder=False, **options):
     return load_pipeline("FluxPipeline", path, device, dtype, **options, **parts)
 
 
+def load_decoder(args, device, dtype, t5_encoder):
+    """The pipeline of --decoder. t5_encoder: whether FLUX needs its T5's; the others always do, as
+    classifier-free guidance leads away from the empty prompt."""
+    options = pipeline_options(args)
+    if args.decoder == "flux":
+        return load_flux(args.flux, device, dtype, t5_encoder, **options)
+    kind = [*TEXT_ENCODERS][DECODERS.index(args.decoder)]
+    return load_pipeline(kind, vars(args)[args.decoder], device, dtype, **options)
+
+
+def prompt_width(args):
+    """d_t5, the width of the prompts that the decoder reads; loads the config alone."""
+    from diffusers import FluxTransformer2DModel
+    path = vars(args)[args.decoder]
+    with common.loading(path):
+        config = FluxTransformer2DModel.load_config(path, subfolder="transformer")
+        # FLUX, SD3, Chroma; CogVideoX; PixArt, LTX
+        return (config.get("joint_attention_dim") or config.get("text_embed_dim")
+                or config["caption_channels"])
+
+
 @torch.no_grad()
 def t5_embeds(pipe, texts, max_length):
     """LLM_E(T): B texts through the pipeline's T5 encoder, padded -> (B, max_length, d_t5)."""
-    # of FLUX the second, of CogVideoX the only one
-    tokenizer = pipe.components.get("tokenizer_2", pipe.tokenizer)
+    # of FLUX the second, of SD3 the third, of the others the only one
+    number = max(name for name in pipe.components if name.startswith("tokenizer"))[9:]
+    tokenizer = pipe.components[f"tokenizer{number}"]
     for text in texts:
         n_tokens = len(tokenizer(text).input_ids)
         if n_tokens > max_length:
             print(f"the text {text[:40]!r} has {n_tokens} T5 tokens, the last "
                   f"{n_tokens - max_length} are cut (FLUX reads --t5-length)", file=sys.stderr)
-    return pipe._get_t5_prompt_embeds(texts, max_sequence_length=max_length)
+    tokens = tokenizer(texts, padding="max_length", max_length=max_length, truncation=True,
+                       return_tensors="pt")
+    encoder = pipe.components[f"text_encoder{number}"]
+    # without a mask, as FLUX was trained
+    return encoder(tokens.input_ids.to(pipe._execution_device))[0].to(encoder.dtype)
 
 
-def is_video(args):
-    """Whether CogVideoX draws, not FLUX."""
-    return vars(args).get("decoder") == "cogvideox"
+def text_embeds(pipe, text, args, n_image_tokens=0):
+    """T5's outputs for a text (n, d_t5), as the decoder reads them behind n_image_tokens.
+
+    FLUX and SD3: padded to --t5-length. CogVideoX: to what the images leave of its 226 (appendix
+    D); UserError if they leave nothing. The others mask padding: the text's own tokens."""
+    length = args.t5_length
+    if args.decoder in ("cogvideox", *MASKED):
+        length = LONGEST[args.decoder] - n_image_tokens
+    if length < 1:
+        raise UserError(f"the pictures are {n_image_tokens} tokens, but {args.decoder} reads "
+                        f"{LONGEST[args.decoder]}: give fewer")
+    n_tokens = len(pipe.tokenizer(text).input_ids) if args.decoder in MASKED else length
+    if args.decoder in ("pixart", "chroma"):
+        # LTX masks padding only behind T5, these two in T5 as well
+        length = min(length, n_tokens)
+    return t5_embeds(pipe, [text], length)[0][:n_tokens]
 
 
-def prompt_width(args):
-    """d_t5, the width of the prompts that FLUX or CogVideoX reads; loads the config alone."""
-    from diffusers import FluxTransformer2DModel
-    path = args.cogvideox if is_video(args) else args.flux
-    with common.loading(path):
-        config = FluxTransformer2DModel.load_config(path, subfolder="transformer")
-        return config.get("joint_attention_dim") or config["text_embed_dim"]
+# ---------------------------------------------------------------------------------- the decoders
+# Each function returns what its pipeline is called with, for B prompts, a list of (n, d_t5), and B
+# texts for CLIP, "" where the prompt holds no text. All read T5 v1.1-XXL's space (d_t5 = 4096):
+#
+#             prompt                                    lengths       guidance
+#   flux      x'; pooled CLIP of the text               equal         built in; --true-cfg
+#   pixart    x'                                        any, masked   classifier-free (all below)
+#   sd3       77 tokens of two CLIPs, x'; both pooled   equal
+#   chroma    x', a padding token                       any, masked
+#   cogvideox x', T5's empty text, together 226         any
+#   ltx       x'                                        any, masked
+def padded(prompts):
+    """Prompts [(n, d_t5)] -> (B, N, d_t5), zeros behind them, and the mask (B, N) bool."""
+    mask = [torch.ones(len(prompt), dtype=torch.bool, device=prompt.device) for prompt in prompts]
+    return pad_sequence(prompts, batch_first=True), pad_sequence(mask, batch_first=True)
 
 
-def load_decoder(args, device, dtype, t5_encoder):
-    """The FLUX or CogVideoX of the flags. t5_encoder: whether FLUX's T5 encoder is needed."""
-    options = pipeline_options(args)
-    if is_video(args):
-        return load_pipeline("CogVideoXPipeline", args.cogvideox, device, dtype, **options)
-    return load_flux(args.flux, device, dtype, t5_encoder, **options)
-
-
-@torch.no_grad()
-def generate_images(pipe, prompt_embeds, texts, seeds, size, steps, guidance, true_cfg=1.0):
-    """B PIL images of size x size px by FLUX from prompt_embeds (B, N, d_t5) (Eq. 3, 5).
-
-    texts: B strings for the pooled CLIP embedding, "" where the prompt holds no text. One seed for
-    each image, so that it does not depend on its batch. true_cfg > 1: classifier-free guidance
-    away from the empty prompt padded to N tokens, for which pipe needs its T5 encoder."""
-    prompt_embeds = prompt_embeds.to(pipe.transformer.dtype)
-    negative = {}
+def flux_inputs(pipe, prompts, texts, true_cfg):
+    x = torch.stack(prompts)  # (B, N, d_t5)
+    inputs = {"prompt_embeds": x, "pooled_prompt_embeds": pipe._get_clip_prompt_embeds(texts)}
     if true_cfg > 1:
-        empty = t5_embeds(pipe, [""], prompt_embeds.shape[1])  # (1, N, d_t5)
+        # padded to N tokens
+        empty = t5_embeds(pipe, [""], x.shape[1])  # (1, N, d_t5)
         pooled = pipe._get_clip_prompt_embeds([""] * len(texts))
-        negative = {"true_cfg_scale": true_cfg, "negative_pooled_prompt_embeds": pooled,
-                    "negative_prompt_embeds": empty.expand_as(prompt_embeds)}
-    return pipe(prompt_embeds=prompt_embeds, height=size, width=size, num_inference_steps=steps,
-                pooled_prompt_embeds=pipe._get_clip_prompt_embeds(texts), guidance_scale=guidance,
-                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-                **negative).images
+        inputs |= {"true_cfg_scale": true_cfg, "negative_pooled_prompt_embeds": pooled,
+                   "negative_prompt_embeds": empty.expand_as(x)}
+    return inputs
+
+
+def pixart_inputs(pipe, prompts, *_):
+    x, mask = padded(prompts)
+    # binning would draw another size and resize the image
+    return {"prompt_embeds": x, "prompt_attention_mask": mask.long(), "clean_caption": False,
+            "use_resolution_binning": False}
+
+
+def sd3_inputs(pipe, prompts, texts, _):
+    x = torch.stack(prompts)  # (B, N, d_t5)
+    n = x.shape[1]
+    both, _, pooled, _ = pipe.encode_prompt(
+        texts, None, [""] * len(texts), do_classifier_free_guidance=False, max_sequence_length=n)
+    # of [CLIPs' 77 tokens ; T5's N], CLIPs' are zero from their width on
+    x = torch.cat([both[:, :-n], x], dim=1)  # (B, 77 + N, d_t5)
+    return {"prompt_embeds": x, "pooled_prompt_embeds": pooled, "max_sequence_length": n}
+
+
+def chroma_inputs(pipe, prompts, *_):
+    # it was trained with the first padding token unmasked: that behind the empty prompt's EOS
+    padding = pipe._get_t5_prompt_embeds([""], max_sequence_length=2)[0][0, 1:]  # (1, d_t5)
+    x, mask = padded([torch.cat([prompt, padding.to(prompt.dtype)]) for prompt in prompts])
+    return {"prompt_embeds": x, "prompt_attention_mask": mask.to(x.dtype)}
+
+
+def cogvideox_inputs(pipe, prompts, *_):
+    longest = pipe.transformer.config.max_text_seq_length
+    x = torch.stack([torch.cat([prompt, t5_embeds(pipe, [""], longest - len(prompt))[0]])
+                     if len(prompt) < longest else prompt for prompt in prompts])
+    return {"prompt_embeds": x, "max_sequence_length": longest}
+
+
+def ltx_inputs(pipe, prompts, *_):
+    x, mask = padded(prompts)
+    return {"prompt_embeds": x, "prompt_attention_mask": mask, "max_sequence_length": x.shape[1]}
 
 
 @torch.no_grad()
-def generate_videos(pipe, prompt_embeds, seeds, size, frames, steps, guidance):
-    """B lists of `frames` PIL images by CogVideoX from prompt_embeds (B, 226, d_t5).
+def generate_images(pipe, prompts, texts, seeds, size, steps, guidance, true_cfg=1.0, **video):
+    """B PIL images, or lists of PIL images, of size x size px from prompts [(n, d_t5)] (Eq. 3, 5).
 
-    226 tokens are what CogVideoX was trained with; it has no text mask. Guidance leads away from
-    the empty prompt, which pipe encodes. size None: the model's own (720 x 480)."""
-    return pipe(prompt_embeds=prompt_embeds.to(pipe.transformer.dtype), height=size, width=size,
-                max_sequence_length=prompt_embeds.shape[1], num_frames=frames,
-                num_inference_steps=steps, guidance_scale=guidance,
-                generator=[torch.Generator().manual_seed(seed) for seed in seeds]).frames
-
-
-def text_length(pipe, n_image_tokens, text, args):
-    """Number of T5 tokens that the text of a prompt is padded to, behind the images' tokens.
-
-    FLUX: --t5-length; without text and with --empty-text none 0. CogVideoX: what the images leave
-    of its 226 (appendix D); raises UserError if they leave nothing."""
-    if not is_video(args):
-        return args.t5_length if text or args.empty_text == "pad" else 0
-    longest = pipe.transformer.config.max_text_seq_length
-    if n_image_tokens >= longest:
-        raise UserError(f"the pictures are {n_image_tokens} tokens, but {args.cogvideox} reads "
-                        f"{longest}: give fewer")
-    return longest - n_image_tokens
+    prompts may be one tensor (B, N, d_t5). texts: B strings for CLIP, "" where the prompt holds no
+    text. One seed for each image, so that it does not depend on its batch. size None: the model's
+    own. true_cfg: of FLUX alone. video: num_frames, and frame_rate for LTX."""
+    kinds = dict(zip(TEXT_ENCODERS, (flux_inputs, pixart_inputs, sd3_inputs, chroma_inputs,
+                                     cogvideox_inputs, ltx_inputs), strict=True))
+    prompts = [prompt.to(pipe.transformer.dtype) for prompt in prompts]
+    inputs = kinds[type(pipe).__name__](pipe, prompts, texts, true_cfg)
+    if size:
+        inputs |= {"height": size, "width": size}
+    drawn = pipe(**inputs, **video, num_inference_steps=steps, guidance_scale=guidance,
+                 generator=[torch.Generator().manual_seed(seed) for seed in seeds])
+    return drawn.frames if video else drawn.images
 
 
-def equal_lengths(jobs, size, desc="draw"):
-    """Batches of at most `size` jobs whose first items, the prompts, have equal lengths.
+def equal_lengths(jobs, size, desc="draw", decoder="flux"):
+    """Batches of at most `size` jobs whose first items, the prompts, have equal lengths; of any
+    lengths for a decoder with a text mask. Shows progress.
 
-    FLUX has no text mask, so that a padded prompt would be another prompt. Shows progress."""
+    Without a mask a padded prompt would be another prompt."""
     jobs = sorted(jobs, key=lambda job: len(job[0]))
     bar = tqdm(total=len(jobs), desc=desc, unit="image", disable=len(jobs) < 2)
     while jobs:
-        batch = [job for job in jobs[:size] if len(job[0]) == len(jobs[0][0])]
+        batch = [job for job in jobs[:size]
+                 if len(job[0]) == len(jobs[0][0]) or decoder in MASKED]
         yield batch
         bar.update(len(batch))
         jobs = jobs[len(batch):]
@@ -283,7 +401,7 @@ def read_contexts(args, read, example_line):
     --batch, or of args.example, the miniature's; or the flags --text and --image. Image paths are
     relative to folder, names of --batch to --out. All files are opened and all names checked here,
     before any model is loaded. Raises UserError if no context is left."""
-    suffixes = (".mp4",) if is_video(args) else tuple(FORMATS)
+    suffixes = (".mp4",) if args.decoder in VIDEOS else tuple(FORMATS)
     images = [part["image"] for part in args.context if "image" in part]
     text = " ".join(part["text"] for part in args.context if "text" in part)
     asked = bool(images or text.strip())
@@ -416,22 +534,25 @@ def draw_contexts(pipe, contexts, build_prompt, args):
     """Draws each context's images from build_prompt(context) (N, d_t5), saves and reports them."""
     def add_prompt(c):
         c["prompt"] = build_prompt(c)
+        if len(c["prompt"]) > LONGEST.get(args.decoder, math.inf):
+            raise UserError(f"its prompt has {len(c['prompt'])} tokens, but {args.decoder} reads "
+                            f"{LONGEST[args.decoder]}")
         if not c["prompt"].isfinite().all():
             raise UserError("its prompt has values that are not finite: are the models whole?")
     saved, jobs = [], [(c["prompt"], c["seed"] + k, name, c)
                        for c in usable(contexts, add_prompt, args)
                        for k, name in enumerate(c["names"])]
-    for batch in equal_lengths(jobs, args.batch_size):
+    video = {"num_frames": args.frames} if args.decoder in VIDEOS else {}
+    if args.decoder == "ltx":
+        video["frame_rate"] = args.fps
+    for batch in equal_lengths(jobs, args.batch_size, decoder=args.decoder):
         prompts, seeds, names, of = zip(*batch, strict=True)
-        if is_video(args):
-            videos = generate_videos(pipe, torch.stack(prompts), seeds, args.size, args.frames,
-                                     args.steps, args.guidance)
-            for frames, name in zip(videos, names, strict=True):
-                saved.append(save_video(frames, name, args.fps, args.overwrite))
-            continue
-        images = generate_images(pipe, torch.stack(prompts), [c["text"] for c in of], seeds,
-                                 args.size, args.steps, args.guidance, args.true_cfg)
+        images = generate_images(pipe, prompts, [c["text"] for c in of], seeds, args.size,
+                                 args.steps, args.guidance, args.true_cfg, **video)
         for image, seed, name, c in zip(images, seeds, names, of, strict=True):
+            if video:
+                saved.append(save_video(image, name, args.fps, args.overwrite))
+                continue
             metadata = {**c["metadata"], "seed": seed, "aligner": str(args.aligner)}
             saved.append(save_image(image, name, metadata, args.overwrite))
     if args.batch:

@@ -302,14 +302,14 @@ def build_prompt_embeds(pipe, context, aligner, args):
     """The prompt of Eq. 5: [x'_1 ; x'_2 ; ... ; LLM_E(T)] (N, d_t5); weights multiply the x'."""
     prompt = [weight * aligner(x[None])[0]
               for x, weight in zip(context["x"], context["weights"], strict=True)]
-    length = pipelines.text_length(pipe, sum(map(len, prompt)), context["text"], args)
-    if length:
-        prompt.append(pipelines.t5_embeds(pipe, [context["text"]], length)[0])
+    if context["text"] or args.empty_text == "pad":
+        text = context["text"]
+        prompt.append(pipelines.text_embeds(pipe, text, args, sum(map(len, prompt))))
     return torch.cat(prompt)
 
 
 def generate(args):
-    """Images -> CLIP -> aligner, text -> T5 encoder, both -> FLUX or CogVideoX (Eq. 5)."""
+    """Images -> CLIP -> aligner, text -> T5 encoder, both -> FLUX (Eq. 5) or another decoder."""
     pipelines.pipeline_options(args)
     contexts = pipelines.read_contexts(args, read_context, EXAMPLE_LINE)
     device, dtype = pick_device(args.dtype)
@@ -373,6 +373,7 @@ def main():
     common.add_flags(p, {
         "output": pipelines.OUTPUT_FLAGS, "models": [vlm, aligner, DTYPE_FLAG],
         "method": INFERENCE, "drawing": pipelines.FLUX_FLAGS, **pipelines.SPEED})
+    pipelines.add_decoder_flags(p)
     pipelines.add_composition_flags(p)
 
     common.add_command(commands, "explain", explain, "walk one sample through the method", {

@@ -347,12 +347,12 @@ def encode_contexts(contexts, args, device, dtype):
 def build_prompt_embeds(pipe, context, aligner, args):
     """The prompt of Eq. 3: x' (n, d_t5); with --relay the words through T5's encoder instead."""
     if args.relay:
-        return pipelines.t5_embeds(pipe, [context["words"]], args.t5_length)[0]
+        return pipelines.text_embeds(pipe, context["words"], args)
     return aligner(context["x"][None])[0]
 
 
 def generate(args):
-    """Context -> VLM -> aligner -> FLUX (Eq. 3)."""
+    """Context -> VLM -> aligner -> FLUX (Eq. 3) or another decoder."""
     pipelines.pipeline_options(args)
     contexts = pipelines.read_contexts(args, read_context, EXAMPLE_LINE)
     device, dtype = pick_device(args.dtype)
@@ -418,6 +418,7 @@ def main():
     common.add_flags(p, {
         "output": pipelines.OUTPUT_FLAGS, "models": [vlm, aligner, DTYPE_FLAG],
         "method": INFERENCE, "drawing": pipelines.FLUX_FLAGS, **pipelines.SPEED})
+    pipelines.add_decoder_flags(p)
 
     common.add_command(commands, "explain", explain, "walk one sample through the method", {
         "sample": [

@@ -46,7 +46,7 @@ from miniature.world import SIZE, caption, draw
 # samples a tar
 TAR_SIZE = 1000
 # in an order in which each finds what it needs
-STAND_INS = ("t5", "vae", "clip", "vlm", "flux", "aligners")
+STAND_INS = ("t5", "vae", "clip", "vlm", "flux", "pixart", "aligners")
 # {folder of an aligner: its variant and --encoder-loss}
 ALIGNERS = {"aligner-lvlm": ("lvlm", 0), "aligner-lvlm-encoder": ("lvlm", 1),
             "aligner-clip": ("clip", 0), "aligner-clip-encoder": ("clip", 2)}
@@ -204,12 +204,12 @@ def train(args):
             vlm = beside.submit(run_training, "vlm", args, output=log)
             names.remove("vlm")
         for name in names:
-            if name in ("flux", "aligners") and vlm:
+            if name in ("flux", "pixart", "aligners") and vlm:
                 vlm.result()
             if name == "aligners":
                 train_aligners(args)
             else:
-                run_training(name, args, n_cores if name == "flux" else 1)
+                run_training(name, args, n_cores if name in ("flux", "pixart") else 1)
         if vlm:
             vlm.result()
 

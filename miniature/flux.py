@@ -3,20 +3,22 @@
     torchrun --nproc_per_node 2 -m miniature.flux   # one of the steps of: python -m miniature train
 """
 import contextlib
+import copy
 import json
 import os
 import random
 import time
+from unittest import mock
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from diffusers import (
     AutoencoderTiny,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
 )
-from diffusers.models.transformers import transformer_flux
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
@@ -183,10 +185,11 @@ def two_prompts(rng, kinds, tokenizer):
 
 
 # ---------------------------------------------------------------- conditions
-def perturb(text, encoder, generator, noise):
+def perturb(text, mask, encoder, generator, noise):
     """T5 outputs (B, T, d_t5) made like aligned features: some are blended, some are noisy.
 
-    A blended token has something of all the others, at the scale of T5's final norm.
+    A blended token has something of all the others in the mask (B, T), at the scale of T5's final
+    norm.
     """
     batch, length, _ = text.shape
     weight = encoder.encoder.final_layer_norm.weight
@@ -194,7 +197,8 @@ def perturb(text, encoder, generator, noise):
     def uniform():
         return torch.rand(batch, 1, 1, generator=generator)
 
-    shares = (2 * torch.randn(batch, length, length, generator=generator)).softmax(-1)
+    shares = 2 * torch.randn(batch, length, length, generator=generator)
+    shares = shares.masked_fill(~mask[:, None], -torch.inf).softmax(-1)
     blend = shares @ text / weight  # (B, T, d_t5)
     blend = blend * blend.square().mean(-1, keepdim=True).rsqrt() * weight
     text = torch.where(uniform() < (BLENDED if noise else 0), blend, text)
@@ -204,26 +208,33 @@ def perturb(text, encoder, generator, noise):
 
 
 @torch.no_grad()
-def conditions(rng, generator, kinds, tokenizer, encoder, noise=NOISE_SHARE):
+def conditions(rng, generator, kinds, tokenizer, encoder, noise=NOISE_SHARE, masked=False):
     """What the transformer is conditioned on for pictures of these kinds (indices).
 
-    Returns T5 encoder outputs (B, T, d_t5), and noise (B, d_clip) in the place of the pooled CLIP
-    embedding.
+    Returns T5 encoder outputs (B, T, d_t5), their mask (B, T) bool, and noise (B, d_clip) in the
+    place of the pooled CLIP embedding. masked: padding is False, also for T5; else all is True, as
+    FLUX has no mask.
     """
     def encode(ids):
-        return encoder(ids).last_hidden_state
+        mask = (ids != tokenizer.pad_token_id) | (not masked)
+        seen = mask.long() if masked else None
+        return encoder(ids, attention_mask=seen).last_hidden_state, mask
 
     if rng.random() < TWO_PROMPTS:
         first, second = two_prompts(rng, kinds, tokenizer)
-        first = perturb(encode(first), encoder, generator, noise)
-        text = torch.cat([first, encode(second)], dim=1)  # (B, T1 + T2, d_t5)
-        empty = encode(torch.tensor([empty_prompt(tokenizer, text.shape[1])]))
+        first, first_mask = encode(first)
+        second, second_mask = encode(second)
+        first = perturb(first, first_mask, encoder, generator, noise)
+        text = torch.cat([first, second], dim=1)  # (B, T1 + T2, d_t5)
+        mask = torch.cat([first_mask, second_mask], dim=1)
+        empty, empty_mask = encode(torch.tensor([empty_prompt(tokenizer, text.shape[1])]))
         is_empty = torch.rand(len(kinds), 1, 1, generator=generator) < EMPTY
         text = torch.where(is_empty, empty, text)
+        mask = torch.where(is_empty[..., 0], empty_mask, mask)
     else:
-        ids = one_prompt(rng, kinds, tokenizer)
-        text = perturb(encode(ids), encoder, generator, noise)
-    return text, torch.randn(len(kinds), D_POOLED, generator=generator)
+        text, mask = encode(one_prompt(rng, kinds, tokenizer))
+        text = perturb(text, mask, encoder, generator, noise)
+    return text, mask, torch.randn(len(kinds), D_POOLED, generator=generator)
 
 
 def load_t5(weights):
@@ -247,43 +258,46 @@ def bf16_products():
 
     The bf16 backward pass of attention is slower than all the rest.
     """
-    dispatch = transformer_flux.dispatch_attention_fn
+    fp32_attention = F.scaled_dot_product_attention
 
     def attention(query, key, value, **kwargs):
         with torch.autocast("cpu", enabled=False):
-            return dispatch(query.float(), key.float(), value.float(), **kwargs)
+            return fp32_attention(query.float(), key.float(), value.float(), **kwargs)
 
-    transformer_flux.dispatch_attention_fn = attention
-    try:
+    with mock.patch.object(F, "scaled_dot_product_attention", attention):
         with torch.autocast("cpu", torch.bfloat16):
             yield
-    finally:
-        transformer_flux.dispatch_attention_fn = dispatch
 
 
-def flow_loss(transformer, x0, noise, t, text, pooled):
+def flux_velocity(transformer, x_t, t, condition):
+    """FLUX's output (B, 64, 32) for latents x_t (B, 64, 32) at t (B,), with `conditions`."""
+    text, _, pooled = condition
+    return transformer(
+        hidden_states=x_t, encoder_hidden_states=text, pooled_projections=pooled, timestep=t,
+        img_ids=position_ids(), txt_ids=torch.zeros(text.shape[1], 3)).sample
+
+
+def flow_loss(velocity, transformer, x0, noise, t, condition):
     """Flow matching: x_t = (1 - t) x0 + t noise, target noise - x0.
 
-    x0, noise (B, 64, 32), t (B,) in 0..1, text (B, T, d_t5), pooled (B, d_clip).
+    velocity: flux_velocity, or another's; x0, noise (B, 64, 32), t (B,) in 0..1.
     """
     x_t = torch.lerp(x0, noise, t[:, None, None])
-    velocity = transformer(
-        hidden_states=x_t, encoder_hidden_states=text, pooled_projections=pooled, timestep=t,
-        img_ids=position_ids(), txt_ids=torch.zeros(text.shape[1], 3)).sample  # (B, 64, 32)
-    return (velocity - (noise - x0)).square().mean()
+    return (velocity(transformer, x_t, t, condition) - (noise - x0)).square().mean()
 
 
 @torch.no_grad()
-def held_out_loss(transformer, held, tokenizer, encoder):
+def held_out_loss(velocity, transformer, held, tokenizer, encoder, masked):
     """Flow loss on one held-out picture of each kind, with fixed texts (no noise), t and noise."""
     rng = random.Random(1)
     generator = torch.Generator().manual_seed(1)
     losses = []
     for kinds in torch.randperm(len(KINDS), generator=generator).split(50):
-        text, pooled = conditions(rng, generator, kinds.tolist(), tokenizer, encoder, noise=0)
+        condition = conditions(rng, generator, kinds.tolist(), tokenizer, encoder, 0, masked)
         t = torch.sigmoid(torch.randn(len(kinds), generator=generator))
         noise = torch.randn(held[kinds].shape, generator=generator)
-        losses.append(flow_loss(transformer, held[kinds], noise, t, text, pooled).item())
+        loss = flow_loss(velocity, transformer, held[kinds], noise, t, condition)
+        losses.append(loss.item())
     return sum(losses) / len(losses)
 
 
@@ -311,13 +325,10 @@ def average_gradients(params, world_size):
         p.grad.copy_(grad.view_as(p))
 
 
-def export(config, weights, folder):
-    """Writes a transformer with these weights in fp16."""
-    config = {key: value for key, value in config.items() if not key.startswith("_")}
-    model = FluxTransformer2DModel.from_config(config)
-    model.load_state_dict(weights)
+def export(model, folder):
+    """Writes a copy of a transformer in fp16."""
     fresh = folder.with_name(f".{folder.name}.{os.getpid()}")
-    model.half().save_pretrained(fresh)
+    copy.deepcopy(model).half().save_pretrained(fresh)
     publish(fresh, folder)
 
 
@@ -331,22 +342,30 @@ def shared_latents(build, rank, world_size):
 
 
 def train(build, weights, seed, steps=STEPS):
-    """Trains the transformer (resumable) and writes the whole pipeline to weights/flux.
+    """Trains the transformer (resumable) and writes the whole pipeline to weights/flux."""
+    train_transformer("flux", new_flux, flux_velocity, assemble, build, weights, seed, steps)
 
-    Exports the averaged weights to build/flux at every save. Under torchrun each process takes its
-    share of the batch and the gradients are averaged (gloo). State: build/flux.pt.
+
+def train_transformer(name, new, velocity, assemble, build, weights, seed, steps, masked=False,
+                      mean=0.0):
+    """Trains a transformer new(d_t5) of latents and texts, then calls assemble(build, weights).
+
+    Exports the averaged weights to build/NAME at every save. Under torchrun each process takes its
+    share of the batch and the gradients are averaged (gloo). State: build/NAME.pt. masked: of
+    `conditions`. mean: added to the latents.
     """
     rank, world_size, _ = torchrun_ranks()
     if world_size > 1:
         torch.distributed.init_process_group("gloo")
     latents, held = shared_latents(build, rank, world_size)
+    held = held + mean
     tokenizer, encoder = load_t5(weights)
     torch.manual_seed(seed)
-    transformer = new_flux(encoder.config.d_model)
+    transformer = new(encoder.config.d_model)
     params = list(transformer.parameters())
     ema = {key: value.clone() for key, value in transformer.state_dict().items()}
     optimizers = muon.make_optimizers(transformer.named_parameters(), ("blocks.",), LR, LR)
-    state_path = build / "flux.pt"
+    state_path = build / f"{name}.pt"
     step = 0
     if state_path.exists():
         state = torch.load(state_path, weights_only=True)
@@ -354,22 +373,22 @@ def train(build, weights, seed, steps=STEPS):
         muon.load_optimizer_states(optimizers, state["optimizers"])
         ema, step = state["ema"], state["step"]
     # holds the averaged weights for the held-out loss
-    average = new_flux(encoder.config.d_model).eval()
+    average = new(encoder.config.d_model).eval()
 
     def save():
         average.load_state_dict(ema)
-        export(transformer.config, ema, build / "flux")
+        export(average, build / name)
         save_state(state_path, {
             "model": transformer.state_dict(), "optimizers": muon.optimizer_states(optimizers),
             "ema": ema, "step": step})
-        loss = held_out_loss(average, held, tokenizer, encoder)
+        loss = held_out_loss(velocity, average, held, tokenizer, encoder, masked)
         row = {"step": step, "loss": round(mean_loss, 4), "held_out": round(loss, 4)}
-        with open(build / "flux.jsonl", "a") as log:
+        with open(build / f"{name}.jsonl", "a") as log:
             log.write(json.dumps(row) + "\n")
         return loss
 
     saved = time.time()
-    bar = tqdm(total=steps, initial=step, desc="flux", mininterval=5, disable=rank > 0)
+    bar = tqdm(total=steps, initial=step, desc=name, mininterval=5, disable=rank > 0)
     mean_loss = None
     held_loss = float("nan")
     batch = BATCH // world_size
@@ -378,12 +397,12 @@ def train(build, weights, seed, steps=STEPS):
         rng = random.Random(f"{seed}-{step}-{rank}")
         generator = torch.Generator().manual_seed(seed * 10**9 + step * 100 + rank)
         kinds = [rng.randrange(len(KINDS)) for _ in range(batch)]
-        x0 = latents[kinds, [rng.randrange(PER_KIND) for _ in range(batch)]].float()  # (B, 64, 32)
-        text, pooled = conditions(rng, generator, kinds, tokenizer, encoder)
+        x0 = latents[kinds, [rng.randrange(PER_KIND) for _ in range(batch)]].float() + mean
+        condition = conditions(rng, generator, kinds, tokenizer, encoder, masked=masked)
         t = torch.sigmoid(torch.randn(batch, generator=generator))
         noise = torch.randn(x0.shape, generator=generator)
         with bf16_products():
-            loss = flow_loss(transformer, x0, noise, t, text, pooled)
+            loss = flow_loss(velocity, transformer, x0, noise, t, condition)
         loss.backward()
         if world_size > 1:
             average_gradients(params, world_size)
@@ -430,12 +449,16 @@ def edit_config(file, **changes):
 
 def assemble(build, weights):
     """Writes the whole pipeline to weights/flux, in fp16."""
-    out = weights / "flux"
-    fresh = weights / f".flux.{os.getpid()}"
-    make_pipeline(build, weights).to(torch.float16).save_pretrained(fresh)
+    save_pipeline(make_pipeline(build, weights), weights / "flux")
+
+
+def save_pipeline(pipe, out):
+    """Writes a pipeline to the folder `out`, in fp16."""
+    fresh = out.with_name(f".{out.name}.{os.getpid()}")
+    pipe.to(torch.float16).save_pretrained(fresh)
     # transformers loads in the dtype that its config names; diffusers in fp32 by default
-    for name in ("text_encoder", "text_encoder_2"):
-        edit_config(fresh / name / "config.json", dtype="float32")
+    for file in fresh.glob("text_encoder*/config.json"):
+        edit_config(file, dtype="float32")
     # the folder in which they were built
     for name in ("transformer", "vae"):
         edit_config(fresh / name / "config.json", _name_or_path=None)

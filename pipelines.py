@@ -53,8 +53,9 @@ DECODERS = ("flux", *DEFAULTS)
 # many images, as in the paper
 LONGEST = {"pixart": 300, "sd3": 256, "chroma": 512, "cogvideox": 226, "ltx": 128}
 VIDEOS = ("cogvideox", "ltx")
-# those with a text mask, so that prompts need no padding
-MASKED = ("pixart", "chroma", "ltx")
+# those whose text mask hides padding. Chroma's only weakens it: diffusers 0.42 adds its ones and
+# zeros to the attention scores
+MASKED = ("pixart", "ltx")
 OTHER_ENCODERS = {
     "wan": "umT5", "auraflow": "umT5", "hunyuanvideo": "Qwen2.5-VL and ByT5", "cosmos": "T5-11B",
     "prx": "T5Gemma", "flux2": "Mistral", "qwenimage": "Qwen2.5-VL", "zimage": "Qwen3",
@@ -280,16 +281,17 @@ def text_embeds(pipe, text, args, n_image_tokens=0):
     """T5's outputs for a text (n, d_t5), as the decoder reads them behind n_image_tokens.
 
     FLUX and SD3: padded to --t5-length. CogVideoX: to what the images leave of its 226 (appendix
-    D); UserError if they leave nothing. The others mask padding: the text's own tokens."""
-    length = args.t5_length
-    if args.decoder in ("cogvideox", *MASKED):
+    D); UserError if they leave nothing. The others read no padding: the text's own tokens."""
+    length, n_tokens = args.t5_length, None
+    if args.decoder not in ("flux", "sd3"):
         length = LONGEST[args.decoder] - n_image_tokens
     if length < 1:
         raise UserError(f"the pictures are {n_image_tokens} tokens, but {args.decoder} reads "
                         f"{LONGEST[args.decoder]}: give fewer")
-    n_tokens = len(pipe.tokenizer(text).input_ids) if args.decoder in MASKED else length
+    if args.decoder in ("chroma", *MASKED):
+        n_tokens = len(pipe.tokenizer(text).input_ids)
     if args.decoder in ("pixart", "chroma"):
-        # LTX masks padding only behind T5, these two in T5 as well
+        # T5 itself reads no padding here, for LTX it does
         length = min(length, n_tokens)
     return t5_embeds(pipe, [text], length)[0][:n_tokens]
 
@@ -302,8 +304,8 @@ def text_embeds(pipe, text, args, n_image_tokens=0):
 #   flux      x'; pooled CLIP of the text               equal         built in; --true-cfg
 #   pixart    x'                                        any, masked   classifier-free (all below)
 #   sd3       77 tokens of two CLIPs, x'; both pooled   equal
-#   chroma    x', a padding token                       any, masked
-#   cogvideox x', T5's empty text, together 226         any
+#   chroma    x', a padding token                       equal
+#   cogvideox x', T5's empty text, together 226         equal
 #   ltx       x'                                        any, masked
 def padded(prompts):
     """Prompts [(n, d_t5)] -> (B, N, d_t5), zeros behind them, and the mask (B, N) bool."""
@@ -343,8 +345,8 @@ def sd3_inputs(pipe, prompts, texts, _):
 def chroma_inputs(pipe, prompts, *_):
     # it was trained with the first padding token unmasked: that behind the empty prompt's EOS
     padding = pipe._get_t5_prompt_embeds([""], max_sequence_length=2)[0][0, 1:]  # (1, d_t5)
-    x, mask = padded([torch.cat([prompt, padding.to(prompt.dtype)]) for prompt in prompts])
-    return {"prompt_embeds": x, "prompt_attention_mask": mask.to(x.dtype)}
+    x = torch.stack([torch.cat([prompt, padding.to(prompt.dtype)]) for prompt in prompts])
+    return {"prompt_embeds": x, "prompt_attention_mask": torch.ones_like(x[..., 0])}
 
 
 def cogvideox_inputs(pipe, prompts, *_):

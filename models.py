@@ -2,6 +2,7 @@
 import math
 
 import torch
+import torch.nn.functional as F
 import transformers
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
@@ -206,6 +207,18 @@ def teacher_forced_features(model, inputs, y):
     states = model.model(**{**inputs, **longer}, use_cache=False).last_hidden_state
     # positions P-1 .. P+N-2 of prompt and answer
     return states[:, -y.shape[1]:]
+
+
+@torch.no_grad()
+def log_likelihoods(model, processor, chats, answers):
+    """log p(answer | chat) by the VLM for B chats and B texts: [float]."""
+    scores = []
+    for chat, answer in zip(chats, answers, strict=True):
+        inputs = encode_messages(processor, [chat]).to(model.device, model.dtype)
+        y = processor.tokenizer(answer, return_tensors="pt").input_ids.to(model.device)  # (1, N)
+        logits = model.lm_head(teacher_forced_features(model, inputs, y))  # (1, N, V)
+        scores.append(-F.cross_entropy(logits[0].float(), y[0], reduction="sum").item())
+    return scores
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """What every script that generates images shares: diffusers pipelines with flags for memory and
 speed, the contexts asked for, and saving without overwriting."""
 import argparse
+import functools
 import importlib.util
 import itertools
 import json
@@ -532,8 +533,23 @@ def check_name(name, suffixes):
 
 
 # ------------------------------------------------------------------------------------------ saving
-def draw_contexts(pipe, contexts, build_prompt, args):
-    """Draws each context's images from build_prompt(context) (N, d_t5), saves and reports them."""
+def draw_batch(pipe, prompts, texts, seeds, args, score=None, **video):
+    """generate_images with the flags: (images, seeds). With --best-of N each is the one of N, with
+    seeds counting up, that score(images) -> [float] ranks highest."""
+    n = args.best_of if score else 1
+    drawn = [generate_images(pipe, prompts, texts, [seed + j for seed in seeds], args.size,
+                             args.steps, args.guidance, args.true_cfg, **video) for j in range(n)]
+    if n == 1:
+        return drawn[0], seeds
+    best = torch.tensor([score(images) for images in drawn]).argmax(0).tolist()
+    return [drawn[j][i] for i, j in enumerate(best)], [
+        seed + j for seed, j in zip(seeds, best, strict=True)]
+
+
+def draw_contexts(pipe, contexts, build_prompt, args, score=None):
+    """Draws each context's images from build_prompt(context) (N, d_t5), saves and reports them.
+
+    score(images, their contexts): of --best-of, see draw_batch."""
     def add_prompt(c):
         c["prompt"] = build_prompt(c)
         if len(c["prompt"]) > LONGEST.get(args.decoder, math.inf):
@@ -541,7 +557,8 @@ def draw_contexts(pipe, contexts, build_prompt, args):
                             f"{LONGEST[args.decoder]}")
         if not c["prompt"].isfinite().all():
             raise UserError("its prompt has values that are not finite: are the models whole?")
-    saved, jobs = [], [(c["prompt"], c["seed"] + k, name, c)
+    n = args.best_of if score else 1
+    saved, jobs = [], [(c["prompt"], c["seed"] + k * n, name, c)
                        for c in usable(contexts, add_prompt, args)
                        for k, name in enumerate(c["names"])]
     video = {"num_frames": args.frames} if args.decoder in VIDEOS else {}
@@ -549,12 +566,15 @@ def draw_contexts(pipe, contexts, build_prompt, args):
         video["frame_rate"] = args.fps
     for batch in equal_lengths(jobs, args.batch_size, decoder=args.decoder):
         prompts, seeds, names, of = zip(*batch, strict=True)
-        images = generate_images(pipe, prompts, [c["text"] for c in of], seeds, args.size,
-                                 args.steps, args.guidance, args.true_cfg, **video)
+        images, seeds = draw_batch(
+            pipe, prompts, [c["text"] for c in of], seeds, args,
+            score and functools.partial(score, contexts=of), **video)
         for image, seed, name, c in zip(images, seeds, names, of, strict=True):
             if video:
                 saved.append(save_video(image, name, args.fps, args.overwrite))
                 continue
+            if n > 1:
+                print(f"{name}: seed {seed}, the best of {n}")
             metadata = {**c["metadata"], "seed": seed, "aligner": str(args.aligner)}
             saved.append(save_image(image, name, metadata, args.overwrite))
     if args.batch:

@@ -82,6 +82,8 @@ INFERENCE = [
     ("--temperature", number(float, 0), 0.0, 0.0, "[ours] of the VLM's sampling; 0: greedy"),
     ("--top-p", common.nucleus, 0.9, 0.9, "[release] nucleus of the VLM's sampling"),
     ("--instruction", common.utf8, INSTRUCTION, INSTRUCTION, "read before the context"),
+    ("--best-of", positive, 1, 1, "[ours] images drawn for each that is kept: the one from which the "
+     "VLM is likeliest to say its own words"),
     ("--relay", bool, False, False, "baseline without aligner: the VLM's words through T5"),
     ("--t5-length", common.t5_length, 512, 48, "[ours] of --relay: T5 tokens of the padded words"),
     FEATURES,
@@ -351,6 +353,12 @@ def build_prompt_embeds(pipe, context, aligner, args):
     return aligner(context["x"][None])[0]
 
 
+def score_images(model, processor, images, contexts):
+    """For --best-of: log p(the answer's words | image) by the VLM that gave the answer, [float]."""
+    chats = [caption_messages(image, 0) for image in images]
+    return models.log_likelihoods(model, processor, chats, [c["words"] for c in contexts])
+
+
 def generate(args):
     """Context -> VLM -> aligner -> FLUX (Eq. 3) or another decoder."""
     pipelines.pipeline_options(args)
@@ -366,7 +374,10 @@ def generate(args):
     needs_t5 = args.true_cfg > 1 or args.relay
     pipe = pipelines.load_decoder(args, device, dtype, needs_t5)
     build_prompt = functools.partial(build_prompt_embeds, pipe, aligner=aligner, args=args)
-    pipelines.draw_contexts(pipe, contexts, build_prompt, args)
+    score = None
+    if args.best_of > 1:
+        score = functools.partial(score_images, *models.load_vlm(args.vlm, device, dtype))
+    pipelines.draw_contexts(pipe, contexts, build_prompt, args, score)
 
 
 # ----------------------------------------------------------------------------------- explain

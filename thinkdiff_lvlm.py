@@ -82,7 +82,7 @@ INFERENCE = [
     ("--temperature", number(float, 0), 0.0, 0.0, "[ours] of the VLM's sampling; 0: greedy"),
     ("--top-p", common.nucleus, 0.9, 0.9, "[release] nucleus of the VLM's sampling"),
     ("--instruction", common.utf8, INSTRUCTION, INSTRUCTION, "read before the context"),
-    ("--best-of", positive, 1, 1, "[ours] images drawn for each that is kept: the one from which the "
+    ("--best-of", positive, 1, 1, "[ours] images drawn for each that is kept: the one of which the "
      "VLM is likeliest to say its own words"),
     ("--relay", bool, False, False, "baseline without aligner: the VLM's words through T5"),
     ("--t5-length", common.t5_length, 512, 48, "[ours] of --relay: T5 tokens of the padded words"),

@@ -282,6 +282,7 @@ def main():
                     ("--weights", str, str(WEIGHTS), "folder of the stand-ins"),
                     ("--aligner", str, [], "for lvlm; default: those in --weights"),
                     ("--clip-aligner", str, [], "for compose; default: those in --weights"),
+                    ("--decoder", ("flux", "pixart"), "flux", "what draws, for lvlm and compose"),
                     ("--count", common.count, 500, "questions or pictures of each sort"),
                     ("--json", str, None, "also write the figures to this file"))
     p.add_argument("names", nargs="*", type=one_of(CHECKS), metavar="NAME",

@@ -2,6 +2,7 @@
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from PIL import Image, ImageDraw
@@ -18,9 +19,9 @@ from miniature import clip, flux, t5, vlm
 from miniature.pictures import held_out_image
 from miniature.world import SIZE, with_article
 
-# T5 tokens of a text, and the guidance that the miniature FLUX ignores
+# T5 tokens of a text, and the guidance that the miniature FLUX ignores and PixArt has
 T5_LENGTH = 48
-GUIDANCE = 3.5
+GUIDANCE = 3.0
 WRONG = "#d0021b"
 
 
@@ -34,10 +35,10 @@ def check(args):
             continue
         if name == "lvlm":
             paths = args.aligner or sorted(weights.glob("aligner-lvlm*"))
-            results[name] = check_lvlm(weights, paths, args.count)
+            results[name] = check_lvlm(weights, paths, args.count, decoder=args.decoder)
         elif name == "compose":
             paths = args.clip_aligner or sorted(weights.glob("aligner-clip*"))
-            results[name] = check_compose(weights, paths, args.count)
+            results[name] = check_compose(weights, paths, args.count, decoder=args.decoder)
         else:
             results[name] = stand_ins[name].check(weights, args.count)
         print(name, json.dumps(results[name], indent=1), flush=True)
@@ -115,17 +116,32 @@ def answer_questions(path, questions, batch):
     return words, features
 
 
+def load_drawing(weights, decoder):
+    """The FLUX or PixArt of a folder of stand-ins."""
+    if decoder == "flux":
+        return pipelines.load_flux(str(weights / "flux"), "cpu", torch.float32, t5_encoder=True)
+    return pipelines.load_pipeline("PixArtSigmaPipeline", str(weights / "pixart"), "cpu",
+                                   torch.float32)
+
+
+def text_prompts(pipe, texts, decoder="flux"):
+    """Prompts [(n, d_t5)] of texts: T5's outputs, for FLUX padded to T5_LENGTH."""
+    flags = SimpleNamespace(decoder=decoder, t5_length=T5_LENGTH)
+    return [pipelines.text_embeds(pipe, text, flags) for text in texts]
+
+
 def draw_prompts(pipe, prompts, seeds, texts=None, batch=50, steps=28, true_cfg=3.0, desc="draw"):
     """A PIL image for each of the prompts (n, d_t5), of any lengths.
 
     texts: of the pooled CLIP embedding, empty if not given."""
     texts = texts or [""] * len(prompts)
     images = [None] * len(prompts)
+    decoder = "flux" if type(pipe).__name__ == "FluxPipeline" else "pixart"
     for equal in pipelines.equal_lengths([*zip(prompts, range(len(prompts)), strict=True)], batch,
-                                         desc):
+                                         desc, decoder):
         numbers = [i for _, i in equal]
         drawn = pipelines.generate_images(
-            pipe, torch.stack([prompt for prompt, _ in equal]), [texts[i] for i in numbers],
+            pipe, [prompt for prompt, _ in equal], [texts[i] for i in numbers],
             [seeds[i] for i in numbers], SIZE, steps, GUIDANCE, true_cfg)
         for i, image in zip(numbers, drawn, strict=True):
             images[i] = image
@@ -138,7 +154,7 @@ def shares_by_detail(right):
             **{detail: share(right[k::5]) for k, detail in enumerate(DETAILS) if right[k::5]}}
 
 
-def check_lvlm(weights, aligner_paths, count, seed=0, batch=50, **drawing):
+def check_lvlm(weights, aligner_paths, count, seed=0, batch=50, decoder="flux", **drawing):
     """ThinkDiff-LVLM on held-out in-context questions, judged by the mini CLIP: {name: shares}.
 
     A picture is right if CLIP sees the answer's noun and value, among ten each. vlm: the VLM's
@@ -148,7 +164,7 @@ def check_lvlm(weights, aligner_paths, count, seed=0, batch=50, **drawing):
     questions = in_context_questions(count, seed)
     kinds = [kind for _, kind in questions]
     words, features = answer_questions(weights / "qwen2-vl", questions, batch)
-    pipe = pipelines.load_flux(str(weights / "flux"), "cpu", torch.float32, t5_encoder=True)
+    pipe = load_drawing(weights, decoder)
     judge = clip.load(weights)
     named = [vlm.names_kind(text, *kind) for text, kind in zip(words, kinds, strict=True)]
     result = {"n": count, "vlm": shares_by_detail(named)}
@@ -160,7 +176,7 @@ def check_lvlm(weights, aligner_paths, count, seed=0, batch=50, **drawing):
             with torch.no_grad():
                 prompts = [aligner(x[None])[0] for x in features]  # (n, d_t5) each
         else:
-            prompts = [*pipelines.t5_embeds(pipe, words, T5_LENGTH)]  # (48, d_t5) each
+            prompts = text_prompts(pipe, words, decoder)
         images = draw_prompts(pipe, prompts, range(count), batch=batch, desc=name, **drawing)
         found = clip.judge(*judge, images, [kind[0] for kind in kinds])
         right = [pair == kind[1:] for pair, kind in zip(found, kinds, strict=True)]
@@ -198,7 +214,7 @@ def count_right(found, nouns, kinds):
     return result
 
 
-def check_compose(weights, aligner_paths, count, seed=0, batch=50, **drawing):
+def check_compose(weights, aligner_paths, count, seed=0, batch=50, decoder="flux", **drawing):
     """ThinkDiff-CLIP on held-out pictures, judged by the mini CLIP: {name: {prompt: shares}}.
 
     I: a picture alone, redrawn with its noun and its value. I + T: with the text "a NOUN" of
@@ -213,10 +229,10 @@ def check_compose(weights, aligner_paths, count, seed=0, batch=50, **drawing):
     size = tower.config.image_size
     pixels = [thinkdiff_clip.preprocess(random_held_out(rng, kind), size) for kind in kinds]
     x = [thinkdiff_clip.image_tokens(tower, one[None])[0] for one in pixels]  # (17, d_vlm) each
-    pipe = pipelines.load_flux(str(weights / "flux"), "cpu", torch.float32, t5_encoder=True)
+    pipe = load_drawing(weights, decoder)
     judge = clip.load(weights)
     texts = [with_article(noun) for noun in others]
-    t = [*pipelines.t5_embeds(pipe, texts, T5_LENGTH)]  # (48, d_t5) each
+    t = text_prompts(pipe, texts, decoder)
 
     def judged(prompts, texts, nouns, name):
         """Draws the prompts; shares of pictures with these nouns, and with the pictures' own."""

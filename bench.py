@@ -51,7 +51,15 @@ import thinkdiff_clip
 import thinkdiff_lvlm
 import training_data
 from common import MINI, UserError, first_line, positive, write_json
-from simulation import clip_for, flux_for, t5_for, video_for, vlm_config, vlm_for, weight_bytes
+from simulation import (
+    clip_for,
+    decoder_for,
+    flux_for,
+    t5_for,
+    vlm_config,
+    vlm_for,
+    weight_bytes,
+)
 
 
 # --------------------------------------------------------------------------------- measuring
@@ -576,19 +584,24 @@ def memory_ways(args):
                  *(Way(f"{plain}{flag}", draw, options, plain, loop=args.flux_steps)
                    for flag, options in flags.items())]
     if args.fake:
-        ways += [Way(f"CogVideoX, 49 frames {flag}", video_job, options, loop=50)
-                 for flag, options in {"": {}, **MEMORY}.items()]
+        for name, defaults in pipelines.DEFAULTS.items():
+            shown = ", 49 frames" if name in pipelines.VIDEOS else f", {defaults['size']} px"
+            ways += [Way(f"{name}{shown} {flag}", partial(decoder_job, name=name), options,
+                         loop=defaults["steps"])
+                     for flag, options in {"": {}, **MEMORY}.items()]
         ways.append(Way("CoBSAT's judge, 8 pictures", judge_job, {"batch": 8},
                         loop=cobsat_eval.JUDGE_TOKENS))
     return ways
 
 
-def video_job(_, args, **options):
-    """A video of 49 frames by CogVideoX, from 226 prompt tokens."""
-    pipe = video_for(args, **options)
-    prompt = torch.randn(1, 226, pipe.transformer.config.text_embed_dim, dtype=args.dtype)
-    draw = partial(pipelines.generate_images, pipe, prompt, [""], [0], size=None, num_frames=49,
-                   steps=args.flux_steps, guidance=6.0)
+def decoder_job(_, args, name, **options):
+    """An image by another decoder than FLUX from 128 prompt tokens, or a video of 49 frames."""
+    pipe, defaults = decoder_for(name, args, **options), pipelines.DEFAULTS[name]
+    length = 226 if name == "cogvideox" else 128
+    prompt = torch.randn(1, length, 4096, dtype=args.dtype)
+    video = {"num_frames": 49} if name in pipelines.VIDEOS else {}
+    draw = partial(pipelines.generate_images, pipe, prompt, [""], [0], defaults["size"],
+                   args.flux_steps, defaults["guidance"], **video)
     return Job(draw, samples=1)
 
 

@@ -61,6 +61,17 @@ FLUX_SCHEDULER = dict(base_shift=0.5, max_shift=1.15, shift=3.0, use_dynamic_shi
 COGVIDEOX = dict(
     num_attention_heads=48, num_layers=42, sample_frames=49, use_rotary_positional_embeddings=True)
 COGVIDEOX_VAE = dict(scaling_factor=0.7)
+# PixArt-alpha/PixArt-Sigma-XL-2-1024-MS, stabilityai/stable-diffusion-3.5-medium,
+# lodestones/Chroma1-HD, Lightricks/LTX-Video; other numbers are the defaults of diffusers
+PIXART = dict(caption_channels=4096, interpolation_scale=2, use_additional_conditions=False)
+PIXART_VAE = {**FLUX_VAE, "latent_channels": 4, "scaling_factor": 0.13025, "shift_factor": None}
+SD3_MEDIUM = dict(
+    num_layers=24, num_attention_heads=24, caption_projection_dim=1536, out_channels=16,
+    pos_embed_max_size=384, dual_attention_layers=tuple(range(13)), qk_norm="rms_norm")
+SD3_CLIP_G = dict(
+    hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20,
+    projection_dim=1280, eos_token_id=2)
+CHROMA, LTX, LTX_VAE = {}, dict(caption_channels=4096), {}
 # llava-hf/llava-1.5-13b-hf; the vision tower's are the defaults of transformers
 LLAVA_13B = dict(text_config=dict(
     model_type="llama", vocab_size=32064, hidden_size=5120, intermediate_size=13824,
@@ -172,14 +183,36 @@ def flux_for(args, t5_encoder=False, quantize=False, **options):
     return finish(pipe, args, quantize, options)
 
 
-def video_for(args, quantize=False, **options):
-    """CogVideoXPipeline as load_decoder leaves it, at full size."""
+def decoder_for(name, args, quantize=False, **options):
+    """A pipeline other than FLUX's as load_decoder leaves it, at full size."""
     new = partial(random_model, args=args)
-    pipe = diffusers.CogVideoXPipeline(
-        AutoTokenizer.from_pretrained(MINI["t5"]),
-        new(transformers.T5EncoderModel, T5Config(**T5_XXL)),
-        new(diffusers.AutoencoderKLCogVideoX, COGVIDEOX_VAE),
-        new(diffusers.CogVideoXTransformer3DModel, COGVIDEOX), diffusers.CogVideoXDDIMScheduler())
+    t5 = new(transformers.T5EncoderModel, T5Config(**T5_XXL))
+    # any tokenizer will do
+    tokenizers = [AutoTokenizer.from_pretrained(path)
+                  for path in (MINI["t5"], f"{MINI['flux']}/tokenizer")]
+    parts = {"tokenizer": tokenizers[0], "text_encoder": t5,
+             "scheduler": diffusers.FlowMatchEulerDiscreteScheduler()}
+    if name == "sd3":
+        kind = transformers.CLIPTextModelWithProjection
+        clip_l, clip_g = (new(kind, transformers.CLIPTextConfig(**config))
+                          for config in ({**FLUX_CLIP, "projection_dim": 768}, SD3_CLIP_G))
+        parts |= {"tokenizer": tokenizers[1], "text_encoder": clip_l, "text_encoder_2": clip_g,
+                  "tokenizer_2": tokenizers[1], "text_encoder_3": t5, "tokenizer_3": tokenizers[0]}
+    schedulers = {"pixart": diffusers.DPMSolverMultistepScheduler,
+                  "cogvideox": diffusers.CogVideoXDDIMScheduler}
+    if name in schedulers:
+        parts["scheduler"] = schedulers[name]()
+    transformer, config, vae, vae_config = {
+        "pixart": (diffusers.PixArtTransformer2DModel, PIXART, diffusers.AutoencoderKL, PIXART_VAE),
+        "sd3": (diffusers.SD3Transformer2DModel, SD3_MEDIUM, diffusers.AutoencoderKL, FLUX_VAE),
+        "chroma": (diffusers.ChromaTransformer2DModel, CHROMA, diffusers.AutoencoderKL, FLUX_VAE),
+        "cogvideox": (diffusers.CogVideoXTransformer3DModel, COGVIDEOX,
+                      diffusers.AutoencoderKLCogVideoX, COGVIDEOX_VAE),
+        "ltx": (diffusers.LTXVideoTransformer3DModel, LTX,
+                diffusers.AutoencoderKLLTXVideo, LTX_VAE)}[name]
+    kind = [*pipelines.TEXT_ENCODERS][pipelines.DECODERS.index(name)]
+    pipe = getattr(diffusers, kind)(
+        transformer=new(transformer, config), vae=new(vae, vae_config), **parts)
     return finish(pipe, args, quantize, options)
 
 

@@ -75,14 +75,20 @@ from pipelines import (
     SPEED,
     VIDEOS,
     add_decoder_flags,
-    generate_images,
+    draw_batch,
     load_decoder,
     pipeline_options,
     prompt_width,
     text_embeds,
     vlm_options,
 )
-from thinkdiff_lvlm import INFERENCE, INSTRUCTION, context_messages, generate_with_features
+from thinkdiff_lvlm import (
+    INFERENCE,
+    INSTRUCTION,
+    context_messages,
+    generate_with_features,
+    score_images,
+)
 from training_data import digest
 
 HUB = "https://huggingface.co/datasets/yzeng58/CoBSAT"
@@ -246,6 +252,11 @@ def image_file(args, model, p):
     return args.out / f"exps/{model}_image/shot_{p.shots}/default/task_{p.task}/{p.name}.jpg"
 
 
+def model_name(args, method):
+    """The name of a method's results: those of --best-of stand apart."""
+    return method if args.best_of == 1 else f"{method}-best-of-{args.best_of}"
+
+
 def is_complete(args, model, p):
     """Whether an image is finished: its JSON is written last."""
     file = image_file(args, model, p)
@@ -379,7 +390,11 @@ def generate_settings(args):
     vlm = {"vlm": fingerprint(args.vlm), "instruction": INSTRUCTION, "number_images": True,
            "max_new_tokens": args.max_new_tokens, "images": fingerprint(
                args.images / "datasets", [args.images / reference_file(*kind) for kind in KINDS])}
-    flux = {"scale": args.scale, args.decoder: fingerprint(vars(args)[args.decoder])}
+    # the scale decides in which table the results stand
+    scale = args.scale if args.best_of == 1 else f"{args.scale}, best of {args.best_of} images"
+    flux = {"scale": scale, args.decoder: fingerprint(vars(args)[args.decoder])}
+    if args.best_of > 1:
+        flux |= {"best_of": args.best_of, "chosen by": fingerprint(args.vlm)}
     for name in ("size", "steps", "guidance", "true_cfg", "seed"):
         flux[name] = getattr(args, name)
     if args.cache:
@@ -391,7 +406,7 @@ def generate_settings(args):
     text = {"t5_length": args.t5_length}
     own = {"thinkdiff": {**vlm, "aligner": fingerprint(args.aligner)}, "relay": {**vlm, **text},
            "oracle": {**text, "phrases": "; ".join(ORACLE.values())}}
-    folders = {f"exps/{method}_image": {"method": method, **flux, **own[method]}
+    folders = {f"exps/{model_name(args, method)}_image": {"method": method, **flux, **own[method]}
                for method in args.method}
     if set(args.method) != {"oracle"}:
         folders["vlm_features"] = vlm
@@ -446,11 +461,12 @@ def image_batches(args, method, mine):
     batches = []
     for _, same in sorted(by_length.items()):
         batches += split_batches(same, args.batch_size)
-    return unfinished(batches, lambda p: is_complete(args, method, p))
+    return unfinished(batches, lambda p: is_complete(args, model_name(args, method), p))
 
 
-def draw_images(args, method, batches, pipe, aligner):
-    """Draws one method's images and writes them with their JSON."""
+def draw_images(args, method, batches, pipe, aligner, vlm):
+    """Draws one method's images and writes them with their JSON. vlm: of --best-of."""
+    name = model_name(args, method)
     for batch in progress(batches, f"draw {method}"):
         began = time.time()
         if method == "oracle":
@@ -466,13 +482,14 @@ def draw_images(args, method, batches, pipe, aligner):
             # B x (n, d_t5)
             embeds = [text_embeds(pipe, text, args) for _, text, _ in answers]
         seeds = [args.seed + p.number for p in batch]
-        images = generate_images(pipe, embeds, [""] * len(batch), seeds, args.size, args.steps,
-                                 args.guidance, args.true_cfg)
+        said = [{"words": text} for _, text, _ in answers]
+        images, _ = draw_batch(pipe, embeds, [""] * len(batch), seeds, args,
+                               vlm and functools.partial(score_images, *vlm, contexts=said))
         seconds = (time.time() - began) / len(batch)
         for p, image, (_, text, vlm_seconds) in zip(batch, images, answers, strict=True):
-            if is_complete(args, method, p):
+            if is_complete(args, name, p):
                 continue
-            file = image_file(args, method, p)
+            file = image_file(args, name, p)
             write_atomically(file, functools.partial(image.save, format="JPEG", quality=95))
             write_json(file.with_suffix(".json"), {
                 "description": text, "text_inputs": [f"{word}: " for word in p.words],
@@ -509,8 +526,9 @@ def generate(args):
     # T5's encoder is for texts and for the empty prompt of classifier-free guidance
     t5_encoder = args.true_cfg > 1 or set(args.method) != {"thinkdiff"}
     pipe = load_decoder(args, *pick_device(args.dtype), t5_encoder)
+    vlm = load_vlm(args.vlm, *pick_device(args.dtype)) if args.best_of > 1 else None
     for method, batches in work.items():
-        draw_images(args, method, batches, pipe, aligner)
+        draw_images(args, method, batches, pipe, aligner, vlm)
 
 
 # ---------------------------------------------------------------- judge
@@ -1068,7 +1086,7 @@ def write_contact_sheet(args, rows):
 def run_all(args):
     """`run`: generate, judge and table; each begins when all ranks have ended the one before."""
     judge_paths(args)
-    args.models = args.method
+    args.models = [model_name(args, method) for method in args.method]
     store = shared_store()
     generate(args)
     wait_for_all(store, "generate")
@@ -1092,7 +1110,8 @@ FLAGS = {
         ("--out", Path, Path("results/full"), Path("results/mini"), "folder of results"),
         ("--method", tuple(METHODS), METHODS[:1], METHODS[:1], "what to evaluate"),
         *MODEL_FLAGS["lvlm"],
-        *(row for row in INFERENCE if row[0] in ("--max-new-tokens", "--size", "--t5-length")),
+        *(row for row in INFERENCE
+          if row[0] in ("--max-new-tokens", "--size", "--t5-length", "--best-of")),
         *FLUX_FLAGS,
     ]),
     "run": ("run generate judge", [

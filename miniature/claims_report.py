@@ -474,10 +474,10 @@ def write(place):
         f"{transformers.__version__}, diffusers {diffusers.__version__}.\n",
         f"Aligners of {SIZES['seeds']} seeds each, {SIZES['train_steps']} steps on "
         f"{SIZES['images']} images unless said; held-out questions and images, "
-        f"{SIZES['flux_steps']} FLUX steps in bf16, `--true-cfg 3`, judged by the mini CLIP: right "
-        "if it sees noun and value, among ten each. In brackets (a to b): Wilson's 95 % interval over "
-        "the questions of one seed; [a, b]: lowest and highest seed. encoder-L: with the encoder "
-        "term, lambda L. Written by code; it draws no conclusions."]
+        f"{SIZES['flux_steps']} FLUX steps in bf16, `--true-cfg 3`, judged by the mini CLIP: "
+        "right if it sees noun and value, among ten each. In brackets (a to b): Wilson's 95 % "
+        "interval over the questions of one seed; [a, b]: lowest and highest seed. encoder-L: "
+        "with the encoder term, lambda L. Written by code; it draws no conclusions."]
     for section in (norms, masking, shots, steps, ablations, encoder_weights, transfers,
                     lost_and_kept, other_direction, times):
         section(r)

@@ -557,9 +557,6 @@ def load_vlm_judge(path, device, dtype):
             for item, (detail, _, _) in zip(shown, answers, strict=True):
                 is_text = isinstance(item, str)
                 question = judge_question(detail, about_noun, item if is_text else None)
-                if not is_llava:
-                    # with two spaces, 4 of 500 answers of the miniature's VLM are others
-                    question = question.replace(":  (1)", ": (1)")
                 content = [{"type": "image", "image": item}] * (not is_text)
                 content += [{"type": "text", "text": question}]
                 conversations.append([system] * is_llava + [{"role": "user", "content": content}])

@@ -148,8 +148,11 @@ def all_jobs():
               for name, corruption, level in hard_levels()]
     first += [Job(name, answer_shared, {"condition": name}) for name in CONDITIONS]
 
+    # RECIPES first: what they draw is of interest before the rest is done
+    shown = [name for names in RECIPES.values() for name in names]
+    runs = sorted(training_runs(), key=lambda run: run.name not in shown)
     second = [Job(f"{run.name}-seed{seed}", train_and_judge, {"run": run, "seed": seed})
-              for run in training_runs() for seed in seeds]
+              for run in runs for seed in seeds]
 
     drawn = [("main", "words", 0), ("main", "oracle", 0)]
     drawn += [(name, "words", 0) for name in (*CONDITIONS, *DRAWN_LEVELS)]

@@ -261,7 +261,7 @@ def test_mixed_details_in_a_batch_are_judged_as_one_at_a_time(base, images):
     for name in mixed:
         detail = name.removeprefix("datasets/").split("_")[0]
         for key, about_noun in (("detail", False), ("object", True)):
-            question = cobsat_eval.judge_question(detail, about_noun).replace("  ", " ")
+            question = cobsat_eval.judge_question(detail, about_noun)
             asked = {"type": "text", "text": question}
             content = [{"type": "image", "image": Image.open(images / name)}, asked]
             inputs = processor.apply_chat_template(

@@ -280,10 +280,9 @@ def test_the_judges_questions(detail):
 
 
 def test_the_miniature_is_asked_as_it_was_taught(read_texts):
-    """With one space before (1), and without LLaVA's system sentence: either changes answers."""
+    """Without LLaVA's system sentence, which changes answers."""
     folder, texts = read_texts
     judge = cobsat_eval.load_vlm_judge(folder, "cpu", torch.float32)
     judge([Image.new("RGB", (64, 64))], [("style", "3d", "car")], None)
-    questions = [cobsat_eval.judge_question("style", about_noun).replace("  ", " ")
-                 for about_noun in (False, True)]
+    questions = [cobsat_eval.judge_question("style", about_noun) for about_noun in (False, True)]
     assert texts == [vlm.chat(vlm.IMAGE + question) for question in questions]

@@ -169,7 +169,11 @@ def test_shipped_models_do_what_their_cards_say(tmp_path, monkeypatch):
     # each aligner that is shipped
     assert answered.keys() == {path.name for path in WEIGHTS.glob("aligner-lvlm*")}
     assert composed.keys() == {path.name for path in WEIGHTS.glob("aligner-clip*")}
-    for shares in answered.values():
-        assert shares["all"] >= 12 / 20 and 0.5 < shares["of words"] <= 1
-    for shares in composed.values():
-        assert shares["I"]["both"] >= 12 / 20 and shares["I + T"]["both"] >= 12 / 20
+    for name, shares in answered.items():
+        # the cards: 77 and 98 %
+        assert shares["all"] >= (17 if "encoder" in name else 12) / 20
+        assert 0.5 < shares["of words"] <= 1
+    for name, shares in composed.items():
+        # the cards: 61 and 72 %, 91 and 96 %
+        least = (15 if "encoder" in name else 8) / 20
+        assert shares["I"]["both"] >= least and shares["I + T"]["both"] >= least

@@ -598,7 +598,7 @@ def decoder_job(_, args, name, **options):
     """An image by another decoder than FLUX from 128 prompt tokens, or a video of 49 frames."""
     pipe, defaults = decoder_for(name, args, **options), pipelines.DEFAULTS[name]
     length = 226 if name == "cogvideox" else 128
-    prompt = torch.randn(1, length, 4096, dtype=args.dtype)
+    prompt = torch.randn(1, length, simulation.T5_XXL["d_model"], dtype=args.dtype)
     video = {"num_frames": 49} if name in pipelines.VIDEOS else {}
     draw = partial(pipelines.generate_images, pipe, prompt, [""], [0], defaults["size"],
                    args.flux_steps, defaults["guidance"], **video)

@@ -75,6 +75,7 @@ from pipelines import (
     SPEED,
     VIDEOS,
     add_decoder_flags,
+    best_of_score,
     draw_batch,
     load_decoder,
     pipeline_options,
@@ -82,13 +83,7 @@ from pipelines import (
     text_embeds,
     vlm_options,
 )
-from thinkdiff_lvlm import (
-    INFERENCE,
-    INSTRUCTION,
-    context_messages,
-    generate_with_features,
-    score_images,
-)
+from thinkdiff_lvlm import INFERENCE, INSTRUCTION, context_messages, generate_with_features
 from training_data import digest
 
 HUB = "https://huggingface.co/datasets/yzeng58/CoBSAT"
@@ -464,8 +459,8 @@ def image_batches(args, method, mine):
     return unfinished(batches, lambda p: is_complete(args, model_name(args, method), p))
 
 
-def draw_images(args, method, batches, pipe, aligner, vlm):
-    """Draws one method's images and writes them with their JSON. vlm: of --best-of."""
+def draw_images(args, method, batches, pipe, aligner, score_by):
+    """Draws one method's images and writes them with their JSON. score_by: of --best-of."""
     name = model_name(args, method)
     for batch in progress(batches, f"draw {method}"):
         began = time.time()
@@ -484,7 +479,7 @@ def draw_images(args, method, batches, pipe, aligner, vlm):
         seeds = [args.seed + p.number for p in batch]
         said = [{"words": text} for _, text, _ in answers]
         images, _ = draw_batch(pipe, embeds, [""] * len(batch), seeds, args,
-                               vlm and functools.partial(score_images, *vlm, contexts=said))
+                               score_by and functools.partial(score_by, contexts=said))
         seconds = (time.time() - began) / len(batch)
         for p, image, (_, text, vlm_seconds) in zip(batch, images, answers, strict=True):
             if is_complete(args, name, p):
@@ -526,9 +521,9 @@ def generate(args):
     # T5's encoder is for texts and for the empty prompt of classifier-free guidance
     t5_encoder = args.true_cfg > 1 or set(args.method) != {"thinkdiff"}
     pipe = load_decoder(args, *pick_device(args.dtype), t5_encoder)
-    vlm = load_vlm(args.vlm, *pick_device(args.dtype)) if args.best_of > 1 else None
+    score_by = best_of_score(args)
     for method, batches in work.items():
-        draw_images(args, method, batches, pipe, aligner, vlm)
+        draw_images(args, method, batches, pipe, aligner, score_by)
 
 
 # ---------------------------------------------------------------- judge

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
 
 import common
+import models
 from common import MINI, MODELS, UserError, first_line, number, positive
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
@@ -65,7 +66,7 @@ OTHER_ENCODERS = {
 
 def decoder_name(text):
     """An argparse type: a key of DECODERS. Names the text encoder of those that cannot work."""
-    name = re.sub("[^a-z0-9]", "", text.lower())
+    name = re.sub("[^a-z0-9]", "", common.text(text).lower())
     if name in OTHER_ENCODERS:
         raise argparse.ArgumentTypeError(
             f"{text} reads {OTHER_ENCODERS[name]}, and an aligner leads to T5 v1.1-XXL: choose "
@@ -79,8 +80,11 @@ DECODER_FLAGS = [
     ("--decoder", decoder_name, "flux", "flux",
      f"what draws: {', '.join(DECODERS)}; the last two draw videos. Each has its own --steps, "
      "--guidance and --size"),
-    *((f"--{name}", str, MODELS[name], MINI.get(name, MODELS[name]), "path or hub name")
-      for name in DECODERS if name != "flux"),
+    ("--pixart", str, MODELS["pixart"], MODELS["pixart"], "path or hub name"),
+    ("--sd3", str, MODELS["sd3"], MODELS["sd3"], "path or hub name"),
+    ("--chroma", str, MODELS["chroma"], MODELS["chroma"], "path or hub name"),
+    ("--cogvideox", str, MODELS["cogvideox"], MODELS["cogvideox"], "path or hub name"),
+    ("--ltx", str, MODELS["ltx"], MODELS["ltx"], "path or hub name"),
 ]
 VIDEO_FLAGS = [
     ("--frames", number(int, 1, 10_001, step=4), 49, 49,
@@ -146,9 +150,10 @@ def add_decoder_flags(parser, video=True):
 
 def add_composition_flags(parser):
     """Adds --image-weight."""
-    parser.add_argument("--image-weight", action="append", type=image_weight, default=[],
-                        help="factor of an image's aligned tokens, one for each --image; 1 is the "
-                        "paper's, FLUX was trained for no other")
+    group = parser.add_argument_group("composition")
+    group.add_argument("--image-weight", action="append", type=image_weight, default=[],
+                       help="factor of an image's aligned tokens, one for each --image; 1 is the "
+                       "paper's, FLUX was trained for no other")
 
 
 def pipeline_options(args):
@@ -533,6 +538,22 @@ def check_name(name, suffixes):
 
 
 # ------------------------------------------------------------------------------------------ saving
+def best_of_score(args):
+    """For draw_batch, by the VLM that gave the answers: score(images, contexts), log p(a context's
+    "words" | "Describe the image concisely.", image). None without --best-of."""
+    # ThinkDiff-CLIP has none
+    if vars(args).get("best_of", 1) == 1:
+        return None
+    vlm = models.load_vlm(args.vlm, *common.pick_device(args.dtype), **vlm_options(args))
+
+    def score(images, contexts):
+        chats = [[{"role": "user", "content": [
+            {"type": "image", "image": image},
+            {"type": "text", "text": "Describe the image concisely."}]}] for image in images]
+        return models.log_likelihoods(*vlm, chats, [c["words"] for c in contexts])
+    return score
+
+
 def draw_batch(pipe, prompts, texts, seeds, args, score=None, **video):
     """generate_images with the flags: (images, seeds). With --best-of N each is the one of N, with
     seeds counting up, that score(images) -> [float] ranks highest."""
@@ -546,10 +567,8 @@ def draw_batch(pipe, prompts, texts, seeds, args, score=None, **video):
         seed + j for seed, j in zip(seeds, best, strict=True)]
 
 
-def draw_contexts(pipe, contexts, build_prompt, args, score=None):
-    """Draws each context's images from build_prompt(context) (N, d_t5), saves and reports them.
-
-    score(images, their contexts): of --best-of, see draw_batch."""
+def draw_contexts(pipe, contexts, build_prompt, args):
+    """Draws each context's images from build_prompt(context) (N, d_t5), saves and reports them."""
     def add_prompt(c):
         c["prompt"] = build_prompt(c)
         if len(c["prompt"]) > LONGEST.get(args.decoder, math.inf):
@@ -557,6 +576,7 @@ def draw_contexts(pipe, contexts, build_prompt, args, score=None):
                             f"{LONGEST[args.decoder]}")
         if not c["prompt"].isfinite().all():
             raise UserError("its prompt has values that are not finite: are the models whole?")
+    score = best_of_score(args)
     n = args.best_of if score else 1
     saved, jobs = [], [(c["prompt"], c["seed"] + k * n, name, c)
                        for c in usable(contexts, add_prompt, args)

@@ -68,6 +68,7 @@ PIXART_VAE = {**FLUX_VAE, "latent_channels": 4, "scaling_factor": 0.13025, "shif
 SD3_MEDIUM = dict(
     num_layers=24, num_attention_heads=24, caption_projection_dim=1536, out_channels=16,
     pos_embed_max_size=384, dual_attention_layers=tuple(range(13)), qk_norm="rms_norm")
+SD3_CLIP_L = {**FLUX_CLIP, "projection_dim": 768}
 SD3_CLIP_G = dict(
     hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20,
     projection_dim=1280, eos_token_id=2)
@@ -195,7 +196,7 @@ def decoder_for(name, args, quantize=False, **options):
     if name == "sd3":
         kind = transformers.CLIPTextModelWithProjection
         clip_l, clip_g = (new(kind, transformers.CLIPTextConfig(**config))
-                          for config in ({**FLUX_CLIP, "projection_dim": 768}, SD3_CLIP_G))
+                          for config in (SD3_CLIP_L, SD3_CLIP_G))
         parts |= {"tokenizer": tokenizers[1], "text_encoder": clip_l, "text_encoder_2": clip_g,
                   "tokenizer_2": tokenizers[1], "text_encoder_3": t5, "tokenizer_3": tokenizers[0]}
     schedulers = {"pixart": diffusers.DPMSolverMultistepScheduler,

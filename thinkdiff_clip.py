@@ -303,8 +303,8 @@ def build_prompt_embeds(pipe, context, aligner, args):
     prompt = [weight * aligner(x[None])[0]
               for x, weight in zip(context["x"], context["weights"], strict=True)]
     if context["text"] or args.empty_text == "pad":
-        text = context["text"]
-        prompt.append(pipelines.text_embeds(pipe, text, args, sum(map(len, prompt))))
+        n_image_tokens = sum(map(len, prompt))
+        prompt.append(pipelines.text_embeds(pipe, context["text"], args, n_image_tokens))
     return torch.cat(prompt)
 
 

@@ -353,12 +353,6 @@ def build_prompt_embeds(pipe, context, aligner, args):
     return aligner(context["x"][None])[0]
 
 
-def score_images(model, processor, images, contexts):
-    """For --best-of: log p(the answer's words | image) by the VLM that gave the answer, [float]."""
-    chats = [caption_messages(image, 0) for image in images]
-    return models.log_likelihoods(model, processor, chats, [c["words"] for c in contexts])
-
-
 def generate(args):
     """Context -> VLM -> aligner -> FLUX (Eq. 3) or another decoder."""
     pipelines.pipeline_options(args)
@@ -374,10 +368,7 @@ def generate(args):
     needs_t5 = args.true_cfg > 1 or args.relay
     pipe = pipelines.load_decoder(args, device, dtype, needs_t5)
     build_prompt = functools.partial(build_prompt_embeds, pipe, aligner=aligner, args=args)
-    score = None
-    if args.best_of > 1:
-        score = functools.partial(score_images, *models.load_vlm(args.vlm, device, dtype))
-    pipelines.draw_contexts(pipe, contexts, build_prompt, args, score)
+    pipelines.draw_contexts(pipe, contexts, build_prompt, args)
 
 
 # ----------------------------------------------------------------------------------- explain

@@ -272,6 +272,7 @@ def test_t5s_empty_text_behind_images(tmp_path, monkeypatch, how, length):
     command(SCRIPT, "generate", "--mini", "--image", WHITE, "--image", BLUE, "--empty-text", how,
             "--true-cfg", 1, "--steps", 1, "--out", tmp_path / "x.png", *more)
     pipe, prompt, texts, *_ = calls[0]
+    prompt = torch.stack(prompt)
     assert prompt.shape == (1, 34 + length, 32) and texts == [""]
     aligned = eq1(aligner_weights(MINI["aligner-clip"]),
                   torch.cat([clip_tokens(WHITE), clip_tokens(BLUE)]))
@@ -305,12 +306,12 @@ def cogvideox(tmp_path_factory):
 
 
 def test_a_video_of_the_right_length(cogvideox, tmp_path, monkeypatch):
-    calls, generate_videos = [], pipelines.generate_videos
+    calls, generate_images = [], pipelines.generate_images
 
-    def watch(*args):
+    def watch(*args, **video):
         calls.append(args)
-        return generate_videos(*args)
-    monkeypatch.setattr(pipelines, "generate_videos", watch)
+        return generate_images(*args, **video)
+    monkeypatch.setattr(pipelines, "generate_images", watch)
     g = (SCRIPT, "generate", "--mini", "--cogvideox", cogvideox, "--image", WHITE, "--image", BLUE)
     out, _ = command(*g, "--video", "--text", "a dog runs", "--frames", 9, "--steps", 2,
                      "--out", tmp_path / "x.mp4")
@@ -320,7 +321,8 @@ def test_a_video_of_the_right_length(cogvideox, tmp_path, monkeypatch):
         frames = [frame for frame in video]
         assert len(frames) == 9 and frames[0].shape == (64, 64, 3)
         assert video.get_meta_data()["fps"] == 8
-    pipe, prompt, seeds, size, n_frames, steps, guidance = calls[0]
+    pipe, prompt, _, seeds, size, steps, guidance, _ = calls[0]
+    prompt = torch.stack(prompt)
     assert prompt.shape == (1, 226, 32) and (steps, guidance) == (2, 6.0)
     # in this order, which no picture shows
     x = torch.cat([clip_tokens(WHITE), clip_tokens(BLUE)])

@@ -166,7 +166,7 @@ def test_finished_work_and_a_folder_of_an_earlier_version_go_on(base, all_method
     def fail(*args, **kwargs):
         raise AssertionError("a model was loaded")
 
-    for name in ("load_vlm", "load_flux"):
+    for name in ("load_vlm", "load_decoder"):
         monkeypatch.setattr(cobsat_eval, name, fail)
     monkeypatch.setattr(cobsat_eval, "LOAD_JUDGE", {"vlm": fail, "clip": fail})
     before = tree(base)

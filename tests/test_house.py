@@ -76,7 +76,7 @@ def test_what_students_read_is_short(module, most):
 
 
 def test_the_real_code_stays_short():
-    assert sum(len(source(module)) for module in {*REAL} - {"bench", "simulation"}) <= 260_000
+    assert sum(len(source(module)) for module in {*REAL} - {"bench", "simulation"}) <= 270_000
 
 
 def test_the_variants_differ_in_the_method_only():

@@ -138,8 +138,9 @@ def test_of_two_prompts_the_second_names_what_is_drawn():
         named.append((word in text, noun in text))
     assert all(word or noun for word, noun in named)
     assert 0.15 < np.mean([word for word, _ in named]) < 0.5
-    embeds, pooled = flux.conditions(
+    embeds, mask, pooled = flux.conditions(
         random.Random(3), torch.Generator().manual_seed(0), kinds, tokenizer, encoder)
+    assert mask.shape == embeds.shape[:2] and mask.all()
     assert embeds.shape[::2] == (len(kinds), 32) and pooled.shape == (len(kinds), flux.D_POOLED)
     # blends and noise stay at the scale of T5's norm
     weight = encoder.encoder.final_layer_norm.weight

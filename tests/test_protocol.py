@@ -112,14 +112,18 @@ FLUX_DRAWS = dict(flux=FLUX, seed=0, steps=28, guidance=3.5, true_cfg=1.0, dtype
 DRAW = FLUX_DRAWS | dict(mini=False, offload=False, quantize=False, compile=False, cache=None)
 MINI_FLUX = dict(flux="miniature/weights/flux", size=64, true_cfg=3.0)
 MINI_DRAW = MINI_FLUX | dict(batch_size=32, t5_length=48)
-GENERATE = DRAW | dict(
-    batch=None, out=None, overwrite=False, num_images=1, batch_size=1, context=[])
+DECODERS = dict(
+    decoder="flux", pixart="PixArt-alpha/PixArt-Sigma-XL-2-1024-MS",
+    sd3="stabilityai/stable-diffusion-3.5-medium", chroma="lodestones/Chroma1-HD",
+    cogvideox="THUDM/CogVideoX-5b", ltx="Lightricks/LTX-Video")
+GENERATE = DRAW | DECODERS | dict(
+    frames=49, fps=8, batch=None, out=None, overwrite=False, num_images=1, batch_size=1, context=[])
 LVLM_GENERATE = GENERATE | dict(
     vlm=QWEN, aligner="runs/lvlm/aligner", instruction=INSTRUCTION, relay=False, size=512,
-    features="generated", max_new_tokens=128, temperature=0.0, top_p=0.9, t5_length=512)
+    features="generated", max_new_tokens=128, temperature=0.0, top_p=0.9, t5_length=512,
+    best_of=1)
 CLIP_GENERATE = GENERATE | dict(
-    vlm=EVA, aligner="runs/clip/aligner", cogvideox="THUDM/CogVideoX-5b", decoder="flux",
-    image_weight=[], size=1024, frames=49, fps=8, t5_length=128,
+    vlm=EVA, aligner="runs/clip/aligner", image_weight=[], size=1024, t5_length=128,
     empty_text="pad")
 # the last five are those of an aligner that is trained
 EXPLAIN = FLUX_DRAWS | dict(
@@ -138,9 +142,9 @@ JUDGE = TABLE | dict(
     judge_vlm="llava-hf/llava-1.5-13b-hf", judge_clip="openai/clip-vit-base-patch32",
     overwrite=False, batch_size=8, dtype="auto")
 COBSAT = {name: TABLE[name] for name in TABLE if name not in ("models", "results", "judge")}
-COBSAT |= DRAW | dict(
-    vlm=QWEN, aligner="runs/lvlm/aligner", method=["thinkdiff"], max_new_tokens=128, size=512,
-    t5_length=512, overwrite=False, batch_size=8)
+COBSAT |= DRAW | DECODERS | dict(
+    best_of=1, vlm=QWEN, aligner="runs/lvlm/aligner", method=["thinkdiff"], max_new_tokens=128,
+    size=512, t5_length=512, overwrite=False, batch_size=8)
 RUN = {name: value for name, value in (JUDGE | COBSAT).items() if name not in ("models", "results")}
 MINI_COBSAT = dict(mini=True, out="results/mini", scale="miniature", limit=100)
 MINI_TABLE = MINI_COBSAT | dict(results="results/mini")

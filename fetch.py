@@ -57,6 +57,10 @@ TASKS = {
     "clip-generate": ("thinkdiff_clip.py generate", {"clip": vision_tensors, "flux": everything}),
     "clip-video": ("thinkdiff_clip.py generate --video",
                    {"clip": vision_tensors, "cogvideox": everything}),
+    "pixart": ("generate --decoder pixart", {"pixart": everything}),
+    "sd3": ("generate --decoder sd3", {"sd3": everything}),
+    "chroma": ("generate --decoder chroma", {"chroma": everything}),
+    "ltx": ("generate --decoder ltx", {"ltx": everything}),
     "cobsat": ("cobsat_eval.py", {"vlm": everything, "flux": everything,
                                   "judge-vlm": everything, "judge-clip": everything}),
 }

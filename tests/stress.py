@@ -1168,10 +1168,13 @@ KINDS = {
 
 
 def released(folder):
-    """The shipped aligner as the authors store theirs."""
+    """32 hidden units of the shipped aligner, T5's width, as the authors store theirs."""
     import torch
     from safetensors.torch import load_file
     weights = load_file(REPO / "miniature/weights/aligner-lvlm/model.safetensors")
+    for name in ("net.0.weight", "net.0.bias"):
+        weights[name] = weights[name][:32].clone()
+    weights["net.2.weight"] = weights["net.2.weight"][:, :32].clone()
     folder.mkdir()
     torch.save({"model": {name.replace("net", "mm_projector"): tensor
                           for name, tensor in weights.items()}}, folder / "a.pth")

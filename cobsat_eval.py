@@ -389,7 +389,7 @@ def generate_settings(args):
     scale = args.scale if args.best_of == 1 else f"{args.scale}, best of {args.best_of} images"
     flux = {"scale": scale, args.decoder: fingerprint(vars(args)[args.decoder])}
     if args.best_of > 1:
-        flux |= {"best_of": args.best_of, "chosen by": fingerprint(args.vlm)}
+        flux |= {"best_of": args.best_of, "chosen_by": fingerprint(args.vlm)}
     for name in ("size", "steps", "guidance", "true_cfg", "seed"):
         flux[name] = getattr(args, name)
     if args.cache:

@@ -65,7 +65,7 @@ OTHER_ENCODERS = {
 
 
 def decoder_name(text):
-    """An argparse type: a key of DECODERS. Names the text encoder of those that cannot work."""
+    """An argparse type: one of DECODERS. Names the text encoder of those that cannot work."""
     name = re.sub("[^a-z0-9]", "", common.text(text).lower())
     if name in OTHER_ENCODERS:
         raise argparse.ArgumentTypeError(
@@ -102,8 +102,8 @@ SPEED = {"memory and speed (all off: the stock pipeline's images, bit for bit)":
      "keep submodules in main memory and move each to the GPU on demand: less GPU memory, slower, "
      "the same images"),
     ("--quantize", bool, False, False,
-     f"8-bit weights of FLUX's transformer and the VLM (torchao int8 weight-only; pip install "
-     f"{TORCHAO}): half of bf16's memory; images change slightly"),
+     "8-bit weights of the decoder's transformer and the VLM (torchao int8 weight-only; pip "
+     f"install {TORCHAO}): half of bf16's memory; images change slightly"),
     ("--compile", bool, False, False,
      "torch.compile the transformer's blocks: faster, minutes to start and for each new shape; "
      "images change by rounding"),
@@ -199,6 +199,7 @@ TEXT_ENCODERS = {
     "CogVideoXPipeline": {"text_encoder": T5EncoderModel},
     "LTXPipeline": {"text_encoder": T5EncoderModel},
 }
+PIPELINES = dict(zip(DECODERS, TEXT_ENCODERS, strict=True))
 
 
 def load_pipeline(kind, path, device, dtype, offload=False, quantize=False, compile=False,
@@ -250,8 +251,8 @@ def load_decoder(args, device, dtype, t5_encoder):
     options = pipeline_options(args)
     if args.decoder == "flux":
         return load_flux(args.flux, device, dtype, t5_encoder, **options)
-    kind = [*TEXT_ENCODERS][DECODERS.index(args.decoder)]
-    return load_pipeline(kind, vars(args)[args.decoder], device, dtype, **options)
+    path = vars(args)[args.decoder]
+    return load_pipeline(PIPELINES[args.decoder], path, device, dtype, **options)
 
 
 def prompt_width(args):
@@ -320,6 +321,7 @@ def padded(prompts):
 
 
 def flux_inputs(pipe, prompts, texts, true_cfg):
+    """Prompts of equal lengths; true_cfg > 1 leads away from an empty prompt as long as they."""
     x = torch.stack(prompts)  # (B, N, d_t5)
     inputs = {"prompt_embeds": x, "pooled_prompt_embeds": pipe._get_clip_prompt_embeds(texts)}
     if true_cfg > 1:
@@ -332,6 +334,7 @@ def flux_inputs(pipe, prompts, texts, true_cfg):
 
 
 def pixart_inputs(pipe, prompts, *_):
+    """Prompts of any lengths, and their mask."""
     x, mask = padded(prompts)
     # binning would draw another size and resize the image
     return {"prompt_embeds": x, "prompt_attention_mask": mask.long(), "clean_caption": False,
@@ -339,6 +342,7 @@ def pixart_inputs(pipe, prompts, *_):
 
 
 def sd3_inputs(pipe, prompts, texts, _):
+    """CLIPs' tokens in front of prompts of equal lengths."""
     x = torch.stack(prompts)  # (B, N, d_t5)
     n = x.shape[1]
     both, _, pooled, _ = pipe.encode_prompt(
@@ -349,6 +353,7 @@ def sd3_inputs(pipe, prompts, texts, _):
 
 
 def chroma_inputs(pipe, prompts, *_):
+    """A padding token behind prompts of equal lengths."""
     # it was trained with the first padding token unmasked: that behind the empty prompt's EOS
     padding = pipe._get_t5_prompt_embeds([""], max_sequence_length=2)[0][0, 1:]  # (1, d_t5)
     x = torch.stack([torch.cat([prompt, padding.to(prompt.dtype)]) for prompt in prompts])
@@ -356,6 +361,7 @@ def chroma_inputs(pipe, prompts, *_):
 
 
 def cogvideox_inputs(pipe, prompts, *_):
+    """T5's outputs for the empty text fill each prompt to 226 tokens."""
     longest = pipe.transformer.config.max_text_seq_length
     x = torch.stack([torch.cat([prompt, t5_embeds(pipe, [""], longest - len(prompt))[0]])
                      if len(prompt) < longest else prompt for prompt in prompts])
@@ -363,8 +369,13 @@ def cogvideox_inputs(pipe, prompts, *_):
 
 
 def ltx_inputs(pipe, prompts, *_):
+    """Prompts of any lengths, and their mask."""
     x, mask = padded(prompts)
     return {"prompt_embeds": x, "prompt_attention_mask": mask, "max_sequence_length": x.shape[1]}
+
+
+INPUTS = dict(zip(TEXT_ENCODERS, (flux_inputs, pixart_inputs, sd3_inputs, chroma_inputs,
+                                  cogvideox_inputs, ltx_inputs), strict=True))
 
 
 @torch.no_grad()
@@ -374,10 +385,8 @@ def generate_images(pipe, prompts, texts, seeds, size, steps, guidance, true_cfg
     prompts may be one tensor (B, N, d_t5). texts: B strings for CLIP, "" where the prompt holds no
     text. One seed for each image, so that it does not depend on its batch. size None: the model's
     own. true_cfg: of FLUX alone. video: num_frames, and frame_rate for LTX."""
-    kinds = dict(zip(TEXT_ENCODERS, (flux_inputs, pixart_inputs, sd3_inputs, chroma_inputs,
-                                     cogvideox_inputs, ltx_inputs), strict=True))
     prompts = [prompt.to(pipe.transformer.dtype) for prompt in prompts]
-    inputs = kinds[type(pipe).__name__](pipe, prompts, texts, true_cfg)
+    inputs = INPUTS[type(pipe).__name__](pipe, prompts, texts, true_cfg)
     if size:
         inputs |= {"height": size, "width": size}
     drawn = pipe(**inputs, **video, num_inference_steps=steps, guidance_scale=guidance,

@@ -211,8 +211,7 @@ def decoder_for(name, args, quantize=False, **options):
                       diffusers.AutoencoderKLCogVideoX, COGVIDEOX_VAE),
         "ltx": (diffusers.LTXVideoTransformer3DModel, LTX,
                 diffusers.AutoencoderKLLTXVideo, LTX_VAE)}[name]
-    kind = [*pipelines.TEXT_ENCODERS][pipelines.DECODERS.index(name)]
-    pipe = getattr(diffusers, kind)(
+    pipe = getattr(diffusers, pipelines.PIPELINES[name])(
         transformer=new(transformer, config), vae=new(vae, vae_config), **parts)
     return finish(pipe, args, quantize, options)
 

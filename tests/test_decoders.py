@@ -109,7 +109,7 @@ def folders(tmp_path_factory):
 
 def load(folders, name):
     """The stock pipeline."""
-    kind = getattr(diffusers, [*pipelines.TEXT_ENCODERS][pipelines.DECODERS.index(name)])
+    kind = getattr(diffusers, pipelines.PIPELINES[name])
     pipe = kind.from_pretrained(folders[name])
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -77,11 +77,11 @@ from pipelines import (
     add_decoder_flags,
     best_of_score,
     draw_batch,
+    int8,
     load_decoder,
     pipeline_options,
     prompt_width,
     text_embeds,
-    vlm_options,
 )
 from thinkdiff_lvlm import INFERENCE, INSTRUCTION, context_messages, generate_with_features
 from training_data import digest
@@ -415,7 +415,7 @@ def answer_prompts(args, mine):
     if not batches:
         return
     device, dtype = pick_device(args.dtype)
-    model, processor = load_vlm(args.vlm, device, dtype, **vlm_options(args))
+    model, processor = load_vlm(args.vlm, device, dtype, **int8(args.quantize))
     for batch in progress(batches, "answer"):
         began = time.time()
         conversations = [context_messages(context_parts(args, p), INSTRUCTION) for p in batch]

@@ -102,8 +102,8 @@ SPEED = {"memory and speed (all off: the stock pipeline's images, bit for bit)":
      "keep submodules in main memory and move each to the GPU on demand: less GPU memory, slower, "
      "the same images"),
     ("--quantize", bool, False, False,
-     "8-bit weights of the decoder's transformer and the VLM (torchao int8 weight-only; pip "
-     f"install {TORCHAO}): half of bf16's memory; images change slightly"),
+     "8-bit weights of the VLM, the decoder's transformer and its T5 (torchao int8 weight-only; "
+     f"pip install {TORCHAO}): half of bf16's memory; images change slightly"),
     ("--compile", bool, False, False,
      "torch.compile the transformer's blocks: faster, minutes to start and for each new shape; "
      "images change by rounding"),
@@ -181,9 +181,9 @@ def int8_weights():
     return Int8WeightOnlyConfig()
 
 
-def vlm_options(args):
-    """--quantize as load_vlm takes it."""
-    if not args.quantize:
+def int8(quantize):
+    """--quantize as models of transformers take it."""
+    if not quantize:
         return {}
     return {"quantization_config": transformers.TorchAoConfig(int8_weights())}
 
@@ -207,9 +207,10 @@ def load_pipeline(kind, path, device, dtype, offload=False, quantize=False, comp
     """The diffusers pipeline of class `kind` with pipeline_options. parts: NAME=None omits one."""
     import diffusers
     for name in TEXT_ENCODERS[kind].keys() - parts.keys():
+        model = TEXT_ENCODERS[kind][name]
         parts[name] = common.pretrained_model(
-            TEXT_ENCODERS[kind][name], path, subfolder=name, dtype=dtype,
-            device_map="cpu" if offload else device)
+            model, path, subfolder=name, dtype=dtype, device_map="cpu" if offload else device,
+            **int8(quantize and model is T5EncoderModel))
     if quantize:
         transformer = diffusers.TorchAoConfig(int8_weights())
         parts["quantization_config"] = diffusers.PipelineQuantizationConfig(
@@ -553,7 +554,7 @@ def best_of_score(args):
     # ThinkDiff-CLIP has none
     if vars(args).get("best_of", 1) == 1:
         return None
-    vlm = models.load_vlm(args.vlm, *common.pick_device(args.dtype), **vlm_options(args))
+    vlm = models.load_vlm(args.vlm, *common.pick_device(args.dtype), **int8(args.quantize))
 
     def score(images, contexts):
         chats = [[{"role": "user", "content": [

@@ -7,7 +7,6 @@ Left out are CUDA's context, workspaces of its kernels and the allocator's fragm
 """
 import startup
 
-import argparse
 import contextlib
 import copy
 import gc
@@ -156,7 +155,7 @@ def vlm_config(args):
 def vlm_for(args, quantize=False):
     """The VLM."""
     if args.size == "mini":
-        options = pipelines.vlm_options(argparse.Namespace(quantize=quantize))
+        options = pipelines.int8(quantize)
         return models.load_vlm(MINI["vlm"], args.device, args.dtype, **options)[0]
     kind = transformers.Qwen2VLForConditionalGeneration
     vlm = random_model(kind, vlm_config(args), args)
@@ -226,7 +225,9 @@ def finish(pipe, args, quantize, options):
     """What loading does to a pipeline. options: of speed_up."""
     pipe.set_progress_bar_config(disable=True)
     if quantize:
-        quantize_weights(pipe.transformer)
+        for part in pipe.components.values():
+            if part is pipe.transformer or isinstance(part, transformers.T5EncoderModel):
+                quantize_weights(part)
     return pipelines.speed_up(pipe, args.device, **options)
 
 

@@ -51,12 +51,12 @@ VARIANT = "lvlm"
 FEATURES = ("--features", ("generated", "input"), "generated", "generated",
             "[paper] input: of the prompt's tokens (Table 3), for data prepared with this flag")
 TRAINING = [
-    ("--steps", common.count, 25_000, 1_500, "[paper] optimizer steps"),
+    ("--steps", common.count, 25_000, 300, "[paper] optimizer steps"),
     ("--batch-size", positive, 96, 64, "[paper] samples a step, over all processes: 4 x 24"),
     ("--micro-batch", positive, 24, 64, "[ours] samples a process holds in memory at once"),
     ("--lr", number(float, 0, above=True), 1e-4, 2e-3, "[release] peak learning rate"),
     ("--lr-end", number(float, 0), 8e-5, 2e-4, "[release] learning rate at the end of the cosine"),
-    ("--lr-horizon", common.count, 200_000, 1_500, "[release] step at which the cosine ends"),
+    ("--lr-horizon", common.count, 200_000, 300, "[release] step at which the cosine ends"),
     ("--warmup", number(int, 0), 2_000, 50, "[release] steps of linear warm-up from 1e-6"),
     ("--weight-decay", number(float, 0), 0.05, 0.05, "[release] AdamW's, on matrices only"),
     ("--masking", ("random", "none"), "random", "random",
@@ -320,7 +320,7 @@ def read_context(item, folder, args):
 
 def encode_contexts(contexts, args, device, dtype):
     """The contexts that the VLM can read, with its answer: "words" and features "x" (n, d_vlm)."""
-    model, processor = models.load_vlm(args.vlm, device, dtype, **pipelines.vlm_options(args))
+    model, processor = models.load_vlm(args.vlm, device, dtype, **pipelines.int8(args.quantize))
     room = model.config.get_text_config().max_position_embeddings - args.max_new_tokens
     encode = functools.partial(models.encode_messages, processor, longest=room, number_images=True)
     contexts = pipelines.usable(contexts, lambda c: encode([c["chat"]]), args)

@@ -47,9 +47,14 @@ from miniature.world import SIZE, caption, draw
 TAR_SIZE = 1000
 # in an order in which each finds what it needs
 STAND_INS = ("t5", "vae", "clip", "vlm", "flux", "pixart", "aligners")
-# {folder of an aligner: its variant and --encoder-loss}
-ALIGNERS = {"aligner-lvlm": ("lvlm", 0), "aligner-lvlm-encoder": ("lvlm", 1),
-            "aligner-clip": ("clip", 0), "aligner-clip-encoder": ("clip", 2)}
+# {folder of an aligner: its variant and what it changes of `train --mini`}
+ALIGNERS = {
+    "aligner-lvlm": ("lvlm", ()),
+    "aligner-lvlm-encoder": (
+        "lvlm", ("--encoder-loss", 1, "--steps", 800, "--lr-horizon", 800)),
+    "aligner-clip": ("clip", ()),
+    "aligner-clip-encoder": ("clip", ("--encoder-loss", 2)),
+}
 CHECKS = ("t5", "clip", "vlm", "flux", "lvlm", "compose")
 # glibc otherwise returns a step's memory to the system and fetches it again in the next: FLUX
 # trains 3 times slower
@@ -179,11 +184,11 @@ def train_aligners(args):
                "--vlm", weights / "qwen2-vl", "--seed", args.seed)
 
     def train_aligner(name):
-        variant, encoder_loss = ALIGNERS[name]
+        variant, flags = ALIGNERS[name]
         data, encoder = (features, "qwen2-vl") if variant == "lvlm" else (images, "clip")
         run_script(f"thinkdiff_{variant}.py", "train", "--mini", "--resume", "--data", data,
                    "--out", build / name, "--vlm", weights / encoder, "--t5", weights / "t5",
-                   "--encoder-loss", encoder_loss, "--seed", args.seed)
+                   "--seed", args.seed, *flags)
         for file in ("config.json", "model.safetensors"):
             write_atomically(weights / name / file, (build / name / "aligner" / file).read_bytes())
 

@@ -53,18 +53,20 @@ from miniature.world import caption, with_article
 
 # what is measured, and how much of it; all of it decides the figures
 SIZES = {
-    "images": 5000, "questions": 250, "pictures": 150, "flux_steps": 14, "train_steps": 1500,
-    "seeds": 3, "checkpoints": [50, 100, 200, 400, 800], "samples": [250, 1000],
+    "images": 5000, "questions": 150, "pictures": 100, "flux_steps": 10, "seeds": 3,
+    # of ThinkDiff-LVLM, of its long runs with their checkpoints, and of ThinkDiff-CLIP
+    "lvlm": 300, "long": 800, "checkpoints": [100, 200, 400], "clip": 1500,
+    "samples": [250, 1000],
     # beside the default, 40
     "tokens": [16, 64],
-    "hard": 100, "noise": [0.1, 0.2, 0.3], "blend": [0.3, 0.4, 0.45],
-    "shared": 60, "candidates": 24, "draws": 4,
+    "hard": 100, "noise": [0.3, 0.5, 0.7], "blend": [0.3, 0.4, 0.45],
+    "shared": 60, "candidates": 24, "draws": 4, "best_of": 8,
     "captions": 6000, "reader_steps": 1500, "plain_kinds": 200, "per_kind": 8, "redrawn_kinds": 50,
 }
 # those of the harder questions that are also drawn
-DRAWN_LEVELS = ("noise 0.2", "blend 0.4")
+DRAWN_LEVELS = ("blend 0.4",)
 # paper's and with the encoder term, with the weights of the shipped aligners
-RECIPES = {"lvlm": ("paper", "encoder-1"), "clip": ("clip-paper", "clip-encoder-2")}
+RECIPES = {"lvlm": ("paper", "encoder-1-long"), "clip": ("clip-paper", "clip-encoder-2")}
 STATISTICS = ("brightness", "red", "green", "blue", "area", "place")
 # conditions of example images: statistic, and whether the highest or lowest of many draws
 CONDITIONS = {"large": ("area", 1), "small": ("area", -1),
@@ -88,12 +90,13 @@ class Job(NamedTuple):
 
 
 class Run(NamedTuple):
-    """A variant of training. data: of DATA; replacement: of REPLACEMENTS."""
+    """A variant of training. data: of data_sets; replacement: of REPLACEMENTS; steps: of SIZES."""
     name: str
     flags: tuple = ()
     data: str = "features"
     replacement: str = ""
     variant: str = "lvlm"
+    steps: str = "lvlm"
 
 
 # ---------------------------------------------------------------- what is compared
@@ -107,9 +110,11 @@ def data_sets():
 def training_runs():
     """All variants of training, [Run]."""
     def clip_run(name, *flags):
-        return Run(f"clip-{name}", flags, variant="clip")
+        return Run(f"clip-{name}", flags, variant="clip", steps="clip")
 
-    runs = [Run("paper"), Run("norm-default", ("--norm", "default")),
+    runs = [Run("paper"), Run("paper-long", steps="long"),
+            Run("encoder-1-long", ("--encoder-loss", 1), steps="long"),
+            Run("norm-default", ("--norm", "default")),
             Run("norm-none", ("--norm", "none")), Run("masking-none", ("--masking", "none")),
             Run("input", ("--features", "input"), "input"),
             Run("scattered", replacement="scattered"), Run("sentences", replacement="sentences"),
@@ -118,9 +123,8 @@ def training_runs():
             clip_run("norm-none", "--norm", "none")]
     runs += [Run(f"tokens-{n}", data=f"tokens-{n}") for n in SIZES["tokens"]]
     runs += [Run(f"hidden-{n}", ("--hidden", n)) for n in (32, 256)]
-    for weight in (1, 2):
-        runs.append(Run(f"encoder-{weight}", ("--encoder-loss", weight)))
-        runs.append(clip_run(f"encoder-{weight}", "--encoder-loss", weight))
+    runs += [Run(f"encoder-{weight}", ("--encoder-loss", weight)) for weight in (1, 2)]
+    runs.append(clip_run("encoder-2", "--encoder-loss", 2))
     for n in SIZES["samples"]:
         runs.append(Run(f"samples-{n}", data=f"samples-{n}"))
         runs.append(Run(f"encoder-1-samples-{n}", ("--encoder-loss", 1), f"samples-{n}"))
@@ -166,6 +170,7 @@ def all_jobs():
     third = [Job(f"draw {answers}, {method}, seed {seed}", draw_answers,
                  {"answers": answers, "method": method, "seed": seed})
              for answers, method, seed in drawn]
+    third.append(Job("best of", draw_best_of, {"recipe": RECIPES["lvlm"][0]}))
     return first, second, [*third, Job("kept", predict_statistics, {})]
 
 
@@ -288,8 +293,9 @@ def train_aligner(place, run, seed):
     if (folder / "aligner").exists():
         return folder
     lvlm = run.variant == "lvlm"
-    flags = [*run.flags, "--steps", SIZES["train_steps"]]
-    if run.name in RECIPES["lvlm"]:
+    steps = SIZES[run.steps]
+    flags = [*run.flags, "--steps", steps, "--lr-horizon", steps, "--eval-every", -(-steps // 15)]
+    if run.steps == "long":
         # checkpoints are judged, too
         flags += ["--save-every", min(SIZES["checkpoints"]), "--keep", 10**6]
     with replaced(run.variant, run.replacement):
@@ -569,14 +575,15 @@ def align(folder, x):
     return [aligner(one[None])[0] for one in x]
 
 
-def draw_and_judge(place, prompts, kinds, texts=None):
-    """Images of prompts [(n, d_t5)], noise of seeds 0, 1, ..., and whether CLIP sees the kinds.
+def draw_and_judge(place, prompts, kinds, texts=None, first=0):
+    """Images of prompts [(n, d_t5)], noise of seeds first, first + 1, ..., and whether CLIP sees
+    the kinds.
 
     FLUX's products are in bf16, as they are on a GPU."""
     own = tools(place.weights)
     with flux.bf16_products():
-        images = draw_prompts(own.pipe, prompts, range(len(prompts)), texts, BATCH,
-                              SIZES["flux_steps"])
+        seeds = range(first, first + len(prompts))
+        images = draw_prompts(own.pipe, prompts, seeds, texts, BATCH, SIZES["flux_steps"])
     found = clip.judge(*own.judge, images, [kind[0] for kind in kinds])
     return images, [pair == kind[1:] for pair, kind in zip(found, kinds, strict=True)]
 
@@ -613,7 +620,7 @@ def train_and_judge(place, run, seed):
 
 
 def judge_lvlm(place, run, folder):
-    """Which of the main questions are drawn right, also by the checkpoints of RECIPES."""
+    """Which of the main questions are drawn right, also by the checkpoints of a long run."""
     own = tools(place.weights)
     set_name = "main-input" if run.data == "input" else "main"
     answers = read_answers(place, set_name)
@@ -624,7 +631,7 @@ def judge_lvlm(place, run, folder):
         samples = [(x, y, y[:0]) for x, y in zip(answers.x, answers.y, strict=True)]
         targets = encoder_term.matched_targets(samples, own.tokenizers, own.t5)
     result |= transfer(place, x_aligned, answers.kinds, targets)
-    for step in SIZES["checkpoints"] if run.name in RECIPES["lvlm"] else ():
+    for step in SIZES["checkpoints"] if run.steps == "long" else ():
         x_aligned = align(folder / f"checkpoint-{step:07d}", answers.x)
         result["checkpoints"][step] = draw_and_judge(place, x_aligned, answers.kinds)[1]
     return result
@@ -665,6 +672,24 @@ def draw_answers(place, answers, method, seed):
     prompts = [torch.cat(parts) for parts in zip(*prompts, strict=True)]
     images, right = draw_and_judge(place, prompts, of_set.kinds)
     return {"right": right, "statistics": [image_statistics(image) for image in images]}
+
+
+def draw_best_of(place, recipe, seed=0):
+    """Job: the main questions drawn several times, each image scored as `--best-of` does."""
+    answers = read_answers(place, "main")
+    flags = SimpleNamespace(vlm=str(place.weights / "qwen2-vl"), dtype="float32", best_of=2,
+                            quantize=False)
+    score = pipelines.best_of_score(flags)
+    prompts = align(place.out / "runs" / f"{recipe}-seed{seed}" / "aligner", answers.x)
+    contexts = [{"words": words} for words in answers.words]
+    result = {"right": [], "score": []}
+    for draw in range(SIZES["best_of"]):
+        images, right = draw_and_judge(place, prompts, answers.kinds, first=draw * 10**6)
+        result["right"].append(right)
+        result["score"].append([
+            one for start in range(0, len(images), BATCH)
+            for one in score(images[start:start + BATCH], contexts[start:start + BATCH])])
+    return result
 
 
 # ---------------------------------------------------------------- what is lost or kept

@@ -266,20 +266,20 @@ def shots(r):
 
 
 def steps(r):
-    r.head("4. Steps and samples (Table 4)", "Accuracy of the checkpoints of full runs, and of "
-           f"{SIZES['train_steps']} steps on fewer images.")
+    r.head("4. Steps and samples (Table 4)", f"Accuracy of the checkpoints of runs of "
+           f"{SIZES['long']} steps, and of {SIZES['lvlm']} steps on fewer images.")
     rows = []
     points = {}
-    for recipe in RECIPES["lvlm"]:
+    for recipe in ("paper-long", "encoder-1-long"):
         of_seeds = r.seeds(recipe)
         lists = {step: [result["checkpoints"][str(step)] for result in of_seeds]
                  for step in SIZES["checkpoints"]}
-        lists[SIZES["train_steps"]] = [result["right"] for result in of_seeds]
+        lists[SIZES["long"]] = [result["right"] for result in of_seeds]
         points[recipe] = {step: [rate(one) for one in of_step] for step, of_step in lists.items()}
         rows.append([recipe, *(spread_of(of_step) for of_step in lists.values())])
-    r.table(["mean [range], %", *(f"step {step}" for step in points["paper"])], rows)
+    r.table(["mean [range], %", *(f"step {step}" for step in points["paper-long"])], rows)
     rows = []
-    for recipe, prefix in zip(RECIPES["lvlm"], ("", "encoder-1-"), strict=True):
+    for recipe, prefix in (("paper", ""), ("encoder-1", "encoder-1-")):
         names = [*(f"{prefix}samples-{n}" for n in SIZES["samples"]), recipe]
         rows.append([recipe, *(spread_of([result["right"] for result in r.seeds(name)])
                                for name in names)])
@@ -293,7 +293,7 @@ def steps(r):
             axis.fill_between([*of_steps], *([100 * end(values) for values in of_steps.values()]
                                           for end in (min, max)), color=color, alpha=0.15, lw=0)
         axis.set_xscale("log")
-        axis.set_xticks([*points["paper"]], [*map(str, points["paper"])])
+        axis.set_xticks([*points["paper-long"]], [*map(str, points["paper-long"])])
         axis.minorticks_off()
         axis.legend(frameon=False, loc="lower right")
 
@@ -313,16 +313,17 @@ def ablations(r):
 
 def encoder_weights(r):
     r.head("6. The encoder term", "Its weight lambda, for both variants; 0 is the paper's loss.")
-    weights = {0: "paper", 1: "encoder-1", 2: "encoder-2"}
+    names = {"0": "paper", "1": "encoder-1", "2": "encoder-2",
+             f"0, {SIZES['long']} steps": "paper-long",
+             f"1, {SIZES['long']} steps": "encoder-1-long"}
     r.table(["LVLM, lambda", *seed_columns()],
-            [r.accuracy_row(weight, name) for weight, name in weights.items()], "LVLM.")
+            [r.accuracy_row(label, name) for label, name in names.items()], "LVLM.")
     style = [i for i, kind in enumerate(r.results["pictures"]["kinds"]) if kind[0] == "style"]
     for key, what in (("right", "an image redrawn"), ("composed", "an image + a text")):
         rows = []
-        for weight, name in weights.items():
-            styles = tuple(rate([result[key][i] for i in style])
-                           for result in r.seeds(f"clip-{name}"))
-            rows.append([*r.accuracy_row(weight, f"clip-{name}", key), Spread(styles)])
+        for label, name in zip((0, 2), RECIPES["clip"], strict=True):
+            styles = tuple(rate([result[key][i] for i in style]) for result in r.seeds(name))
+            rows.append([*r.accuracy_row(label, name, key), Spread(styles)])
         r.table(["CLIP, lambda", *seed_columns(), "style"], rows, f"CLIP, {what}.")
 
 
@@ -441,6 +442,23 @@ def other_direction(r):
             "temperature 0.6: right if one of the N is, by the judge (an upper bound).")
 
 
+def best_of(r):
+    n_draws, result = SIZES["best_of"], r.results["best of"]
+    r.head("10. Best of N images", f"{RECIPES['lvlm'][0]}, seed 0: {n_draws} images of each "
+           "answer. VLM: the one of N from which it is likeliest to say its own words "
+           "(`--best-of`). Oracle: right if one of the N is, by the judge. Not to be compared with "
+           "figures of single images.")
+    counts = [n for n in (1, 2, 4, 8) if n <= n_draws]
+    chosen, any_right = [], []
+    for n in counts:
+        of_n = [[*zip(*result[key][:n], strict=True)] for key in ("right", "score")]
+        chosen.append(share([right[max(range(n), key=scores.__getitem__)]
+                             for right, scores in zip(*of_n, strict=True)]))
+        any_right.append(share([any(right) for right in of_n[0]]))
+    r.table(["right, %", *(f"N = {n}" for n in counts)],
+            [["chosen by the VLM", *chosen], ["oracle", *any_right]])
+
+
 def times(r):
     """The seconds of training, from the rates in log.csv; also in times.json."""
     seconds = {}
@@ -472,14 +490,15 @@ def write(place):
         f"{', '.join(models) or platform.machine()}, {os.cpu_count()} cores, two processes of one "
         f"thread; Python {platform.python_version()}, torch {torch.__version__}, transformers "
         f"{transformers.__version__}, diffusers {diffusers.__version__}.\n",
-        f"Aligners of {SIZES['seeds']} seeds each, {SIZES['train_steps']} steps on "
-        f"{SIZES['images']} images unless said; held-out questions and images, "
+        f"Aligners of {SIZES['seeds']} seeds each on {SIZES['images']} images unless said; LVLM "
+        f"{SIZES['lvlm']} steps (-long: {SIZES['long']}), CLIP {SIZES['clip']}; held-out questions "
+        "and images, "
         f"{SIZES['flux_steps']} FLUX steps in bf16, `--true-cfg 3`, judged by the mini CLIP: "
         "right if it sees noun and value, among ten each. In brackets (a to b): Wilson's 95 % "
         "interval over the questions of one seed; [a, b]: lowest and highest seed. encoder-L: "
         "with the encoder term, lambda L. Written by code; it draws no conclusions."]
     for section in (norms, masking, shots, steps, ablations, encoder_weights, transfers,
-                    lost_and_kept, other_direction, times):
+                    lost_and_kept, other_direction, best_of, times):
         section(r)
     write_json(place.out / "claims.json", {"sizes": SIZES, "tables": r.tables})
     write_atomically(place.out / "claims.md", "\n".join(r.lines) + "\n")

@@ -14,9 +14,10 @@ from helpers import command, complaint
 from miniature import WEIGHTS, claims, claims_report
 
 TINY = {
-    "images": 40, "questions": 12, "pictures": 10, "flux_steps": 2, "train_steps": 20, "seeds": 1,
-    "checkpoints": [10], "samples": [20], "tokens": [16], "hard": 5, "noise": [0.2],
-    "blend": [0.4], "shared": 4, "candidates": 3, "draws": 1, "captions": 200, "reader_steps": 20,
+    "images": 40, "questions": 12, "pictures": 10, "flux_steps": 2, "seeds": 1,
+    "lvlm": 20, "long": 20, "clip": 20, "checkpoints": [10],
+    "samples": [20], "tokens": [16], "hard": 5, "noise": [0.3], "blend": [0.4],
+    "shared": 4, "candidates": 3, "draws": 1, "best_of": 2, "captions": 200, "reader_steps": 20,
     "plain_kinds": 10, "per_kind": 4, "redrawn_kinds": 5,
 }
 
@@ -98,7 +99,7 @@ def test_tiny_claims_resume_and_repeat(tmp_path, monkeypatch):
     command(*line)
     out = tmp_path / "claims"
     page, numbers = (out / "claims.md").read_text(), (out / "claims.json").read_bytes()
-    for number in range(1, 10):
+    for number in range(1, 11):
         assert f"\n## {number}. " in page
     assert {f.stem for f in out.glob("*.png")} == {"norms", "steps", "transfer"}
     assert not any(text in page for text in ("nan", "None"))

@@ -353,6 +353,20 @@ def test_quantized_models_draw_nearly_the_same_picture(tmp_path, monkeypatch):
     assert 0 < abs(quantized - plain).mean() < abs(other - plain).mean() / 4
 
 
+def test_quantize_reaches_the_t5_encoder():
+    torchao = pytest.importorskip("torchao.utils", reason="--quantize needs pip install torchao")
+    plain, quantized = (
+        pipelines.load_flux(MINI["flux"], "cpu", torch.float32, t5_encoder=True, quantize=quantize)
+        for quantize in (False, True))
+    layer = quantized.text_encoder_2.encoder.block[0].layer[0].SelfAttention.q
+    assert isinstance(layer.weight, torchao.TorchAOBaseTensor)
+    expected, found = (pipelines.t5_embeds(pipe, ["a red car"], 48)[0]
+                       for pipe in (plain, quantized))
+    # int8 rounds a row to 1 of 127 of its largest
+    error = (found - expected).norm() / expected.norm()
+    assert 0 < error < 0.05
+
+
 @pytest.mark.parametrize("flags", [[], ["--cache", 0.25]], ids=str)
 def test_compiled_pictures_are_the_same_but_for_roundings(tmp_path, count_graphs, flags):
     """With the cache, too, blocks of one class share what is compiled."""

@@ -154,8 +154,7 @@ MINI_COBSAT |= MINI_DRAW | MINI_LVLM | LVLM_ALIGNER
 # command line: what every flag is without --mini, and what --mini changes
 DEFAULTS = {
     "thinkdiff_lvlm.py train": (LVLM_TRAIN, MINI_TRAIN | MINI_LVLM | dict(
-        data="data/mini-lvlm", out="runs/mini-lvlm", steps=1500, lr_horizon=1500,
-        hidden=512)),
+        data="data/mini-lvlm", out="runs/mini-lvlm", steps=300, lr_horizon=300, hidden=512)),
     "thinkdiff_clip.py train": (CLIP_TRAIN, MINI_TRAIN | MINI_CLIP | dict(
         data=["data/mini"], out="runs/mini-clip", steps=1500, lr_horizon=1500, hidden=512,
         captions="raw")),

@@ -122,6 +122,18 @@ def test_a_killed_training_resumes_bit_identical(name, tmp_path, monkeypatch):
             assert torch.equal(tensor, resumed[file][key]), (file, key)
 
 
+@pytest.mark.parametrize("has_bf16", [False, True])
+def test_products_are_in_bf16_only_on_cpus_that_have_it(has_bf16, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "amx_bf16": has_bf16})
+    a, b = torch.ones(2, 3), torch.ones(3, 2)
+    attention = torch.nn.functional.scaled_dot_product_attention
+    with flux.bf16_products():
+        assert (a @ b).dtype == (torch.bfloat16 if has_bf16 else torch.float32)
+        is_stock = torch.nn.functional.scaled_dot_product_attention is attention
+    assert is_stock != has_bf16
+    assert torch.nn.functional.scaled_dot_product_attention is attention
+
+
 def test_shipped_weights_are_small():
     assert sum(file.stat().st_size for file in WEIGHTS.rglob("*") if file.is_file()) < 40e6
 

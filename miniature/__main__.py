@@ -51,7 +51,7 @@ STAND_INS = ("t5", "vae", "clip", "vlm", "flux", "pixart", "aligners")
 ALIGNERS = {
     "aligner-lvlm": ("lvlm", ()),
     "aligner-lvlm-encoder": (
-        "lvlm", ("--encoder-loss", 1, "--steps", 800, "--lr-horizon", 800)),
+        "lvlm", ("--encoder-loss", 1, "--steps", 1500, "--lr-horizon", 1500)),
     "aligner-clip": ("clip", ()),
     "aligner-clip-encoder": ("clip", ("--encoder-loss", 2)),
 }

@@ -46,6 +46,12 @@ def check(args):
         write_json(args.json, {"count": args.count, **results})
 
 
+def aligner_name(path):
+    """What an aligner's folder is called: aligner-lvlm, or of a run, reference-aligner."""
+    path = Path(path).resolve()
+    return path.name if path.name.startswith("aligner-") else "-".join(path.parts[-2:])
+
+
 def share(right):
     """Share of true values in a list, rounded."""
     return round(sum(right) / len(right), 4)
@@ -170,7 +176,7 @@ def check_lvlm(weights, aligner_paths, count, seed=0, batch=50, decoder="flux", 
     result = {"n": count, "vlm": shares_by_detail(named)}
     by_words = None
     for path in (None, *aligner_paths):
-        name = Path(path).name if path else "words"
+        name = aligner_name(path) if path else "words"
         if path:
             aligner = load_aligner(path)
             with torch.no_grad():
@@ -246,7 +252,7 @@ def check_compose(weights, aligner_paths, count, seed=0, batch=50, decoder="flux
     own = [kind[2] for kind in kinds]
     result = {"n": count, "T alone": judged(t, texts, others, "T alone")[0]}
     for path in aligner_paths:
-        name, aligner = Path(path).name, load_aligner(path)
+        name, aligner = aligner_name(path), load_aligner(path)
         with torch.no_grad():
             x_aligned = [aligner(one[None])[0] for one in x]  # (17, d_t5) each
         both = [torch.cat(pair) for pair in zip(x_aligned, t, strict=True)]  # (65, d_t5) each

@@ -55,7 +55,7 @@ from miniature.world import caption, with_article
 SIZES = {
     "images": 5000, "questions": 150, "pictures": 100, "flux_steps": 10, "seeds": 3,
     # of ThinkDiff-LVLM, of its long runs with their checkpoints, and of ThinkDiff-CLIP
-    "lvlm": 300, "long": 800, "checkpoints": [100, 200, 400], "clip": 1500,
+    "lvlm": 300, "long": 800, "checkpoints": [100, 200, 400], "clip": 750,
     "samples": [250, 1000],
     # beside the default, 40
     "tokens": [16, 64],

@@ -60,13 +60,15 @@ SIZES = {
     # beside the default, 40
     "tokens": [16, 64],
     "hard": 100, "noise": [0.3, 0.5, 0.7], "blend": [0.3, 0.4, 0.45],
-    "shared": 60, "candidates": 24, "draws": 4, "best_of": 8,
+    "shared": 60, "candidates": 24, "draws": 2, "best_of": 8,
     "captions": 6000, "reader_steps": 1500, "plain_kinds": 200, "per_kind": 8, "redrawn_kinds": 50,
 }
 # those of the harder questions that are also drawn
 DRAWN_LEVELS = ("blend 0.4",)
 # paper's and with the encoder term, with the weights of the shipped aligners
 RECIPES = {"lvlm": ("paper", "encoder-1-long"), "clip": ("clip-paper", "clip-encoder-2")}
+# [T5(words) ; x'], laid out as Eq. 5
+WORDS_TOO = f"words + {RECIPES['lvlm'][1]}"
 STATISTICS = ("brightness", "red", "green", "blue", "area", "place")
 # conditions of example images: statistic, and whether the highest or lowest of many draws
 CONDITIONS = {"large": ("area", 1), "small": ("area", -1),
@@ -125,10 +127,7 @@ def training_runs():
     runs += [Run(f"hidden-{n}", ("--hidden", n)) for n in (32, 256)]
     runs += [Run(f"encoder-{weight}", ("--encoder-loss", weight)) for weight in (1, 2)]
     runs.append(clip_run("encoder-2", "--encoder-loss", 2))
-    for n in SIZES["samples"]:
-        runs.append(Run(f"samples-{n}", data=f"samples-{n}"))
-        runs.append(Run(f"encoder-1-samples-{n}", ("--encoder-loss", 1), f"samples-{n}"))
-    return runs
+    return runs + [Run(f"samples-{n}", data=f"samples-{n}") for n in SIZES["samples"]]
 
 
 def hard_levels():
@@ -162,8 +161,7 @@ def all_jobs():
     drawn += [(name, "words", 0) for name in (*CONDITIONS, *DRAWN_LEVELS)]
     for recipe in RECIPES["lvlm"]:
         drawn += [(name, recipe, seed) for name in (*CONDITIONS, *DRAWN_LEVELS) for seed in seeds]
-        drawn += [(name, f"words + {recipe}", seed) for name in (*CONDITIONS, "main")
-                  for seed in seeds]
+    drawn += [(name, WORDS_TOO, seed) for name in (*CONDITIONS, "main") for seed in seeds]
     drawn += [("redrawn", recipe, seed) for recipe in RECIPES["clip"] for seed in seeds]
     drawn += [(f"sampled-{k}", method, 0) for k in range(SIZES["draws"])
               for method in ("words", *RECIPES["lvlm"])]
@@ -656,7 +654,7 @@ def judge_clip(place, run, folder):
 
 
 def draw_answers(place, answers, method, seed):
-    """Job: a set drawn by a method: words, oracle, a recipe of RECIPES or "words + RECIPE".
+    """Job: a set drawn by a method: words, oracle, a recipe of RECIPES or WORDS_TOO.
 
     right: CLIP sees the kind; statistics: of the drawn images."""
     of_set = read_answers(place, answers, "plain" if answers == "redrawn" else None)

@@ -23,6 +23,7 @@ from miniature.claims import (
     RECIPES,
     SIZES,
     STATISTICS,
+    WORDS_TOO,
     all_jobs,
     finished_file,
     hard_levels,
@@ -231,8 +232,7 @@ def masking(r):
 def shots(r):
     r.head("3. Shots and tasks (Tables 1 and 2)", f"{SIZES['questions']} in-context questions. "
            "Words: the VLM's answer through T5's encoder. Oracle: the true answer in words.")
-    methods = ["words", *RECIPES["lvlm"], *(f"words + {name}" for name in RECIPES["lvlm"]),
-               "oracle"]
+    methods = ["words", *RECIPES["lvlm"], WORDS_TOO, "oracle"]
     cases = [{}, {"shots": 2}, {"shots": 4}, {"by_value": True}, {"by_value": False}]
     cases += [{"detail": detail} for detail in DETAILS]
     named = r.results["main"]["named"]
@@ -278,13 +278,9 @@ def steps(r):
         points[recipe] = {step: [rate(one) for one in of_step] for step, of_step in lists.items()}
         rows.append([recipe, *(spread_of(of_step) for of_step in lists.values())])
     r.table(["mean [range], %", *(f"step {step}" for step in points["paper-long"])], rows)
-    rows = []
-    for recipe, prefix in (("paper", ""), ("encoder-1", "encoder-1-")):
-        names = [*(f"{prefix}samples-{n}" for n in SIZES["samples"]), recipe]
-        rows.append([recipe, *(spread_of([result["right"] for result in r.seeds(name)])
-                               for name in names)])
-    r.table(["mean [range], %", *(f"{n} images" for n in (*SIZES["samples"], SIZES["images"]))],
-            rows, "Fewer images.")
+    names = {n: f"samples-{n}" for n in SIZES["samples"]} | {SIZES["images"]: "paper"}
+    r.table(["images", *seed_columns()],
+            [r.accuracy_row(n, name) for n, name in names.items()], "Fewer images.")
 
     def draw(axis):
         for color, marker, (recipe, of_steps) in zip(COLORS, MARKERS, points.items(), strict=False):
@@ -408,7 +404,7 @@ def other_direction(r):
            f"least, of {SIZES['candidates']} held-out images of each kind. The VLM's words name "
            "neither. The difference is that of the drawn answers, paired by question, with its "
            "95 % interval over questions (mean over seeds).")
-    methods = ["words", *RECIPES["lvlm"], *(f"words + {name}" for name in RECIPES["lvlm"])]
+    methods = ["words", *RECIPES["lvlm"], WORDS_TOO]
     pairs = {"area, % of the image": ("large", "small"), "brightness, %": ("light", "dark")}
     columns = {}
     for label, (more, less) in pairs.items():

@@ -82,8 +82,7 @@ INFERENCE = [
     ("--temperature", number(float, 0), 0.0, 0.0, "[ours] of the VLM's sampling; 0: greedy"),
     ("--top-p", common.nucleus, 0.9, 0.9, "[release] nucleus of the VLM's sampling"),
     ("--instruction", common.utf8, INSTRUCTION, INSTRUCTION, "read before the context"),
-    ("--best-of", positive, 1, 1, "[ours] images drawn for each that is kept: the one of which the "
-     "VLM is likeliest to say its own words"),
+    ("--best-of", positive, 1, 1, "[ours] images drawn for each that is kept; the VLM chooses"),
     ("--relay", bool, False, False, "baseline without aligner: the VLM's words through T5"),
     ("--t5-length", common.t5_length, 512, 48, "[ours] of --relay: T5 tokens of the padded words"),
     FEATURES,
@@ -133,7 +132,6 @@ def generate_with_features(model, inputs, max_new_tokens, *, ignore_eos=True, do
     and EOS is a token like any other). x[:, i] is the final-RMSNorm state that predicts y[:, i]:
     it stands one position before y_i, and lm_head(x_i) are the logits of y_i [release].
     N is max_new_tokens, or less if all rows reached EOS. seeds: see models.NucleusSampler."""
-    prompt_length = inputs["input_ids"].shape[1]
     sampler = models.NucleusSampler(inputs["input_ids"], max_new_tokens, temperature, top_p, seeds)
     # the prompt's forward pass ends at the state that predicts y_1, each later one at y_2, ...
     states = []
@@ -150,7 +148,7 @@ def generate_with_features(model, inputs, max_new_tokens, *, ignore_eos=True, do
             suppress_tokens=[model.config.image_token_id, model.config.video_token_id])
     finally:
         hook.remove()
-    y = sequences[:, prompt_length:]
+    y = sequences[:, inputs["input_ids"].shape[1]:]
     ends = torch.isin(y, torch.tensor([] if eos is None else eos, dtype=y.dtype, device=y.device))
     return y, torch.stack(states, dim=1), (ends.cumsum(-1) == 0).sum(-1)
 

@@ -17,6 +17,7 @@ import transformers
 
 from cobsat_eval import DETAILS, KINDS
 from common import read_json, write_atomically, write_json
+from miniature import flux
 from miniature.claims import (
     CONDITIONS,
     DRAWN_LEVELS,
@@ -489,7 +490,8 @@ def write(place):
         f"Aligners of {SIZES['seeds']} seeds each on {SIZES['images']} images unless said; LVLM "
         f"{SIZES['lvlm']} steps (-long: {SIZES['long']}), CLIP {SIZES['clip']}; held-out questions "
         "and images, "
-        f"{SIZES['flux_steps']} FLUX steps in bf16, `--true-cfg 3`, judged by the mini CLIP: "
+        f"{SIZES['flux_steps']} FLUX steps ({'bf16' if flux.has_bf16() else 'fp32'} products), "
+        "`--true-cfg 3`, judged by the mini CLIP: "
         "right if it sees noun and value, among ten each. In brackets (a to b): Wilson's 95 % "
         "interval over the questions of one seed; [a, b]: lowest and highest seed. encoder-L: "
         "with the encoder term, lambda L. Written by code; it draws no conclusions."]

@@ -209,6 +209,8 @@ def norms(r):
                     axis.plot(*zip(*points, strict=True), color=color, lw=1.5,
                               label=f"norm {norm}" if not seed else None)
             axis.set_yscale("log")
+            for part in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+                part("{x:g}")
             axis.legend(frameon=False)
 
     r.plot("norms", [(f"ThinkDiff-{name}: held-out (thick), training (thin)", "step",

@@ -54,7 +54,7 @@ from miniature.world import caption, with_article
 # what is measured, and how much of it; all of it decides the figures
 SIZES = {
     "images": 5000, "questions": 150, "pictures": 100, "flux_steps": 10, "seeds": 3,
-    # of ThinkDiff-LVLM, of its long runs with their checkpoints, and of ThinkDiff-CLIP
+    # training steps of ThinkDiff-LVLM, of its long runs with their checkpoints, of ThinkDiff-CLIP
     "lvlm": 300, "long": 800, "checkpoints": [100, 200, 400], "clip": 750,
     "samples": [250, 1000],
     # beside the default, 40
@@ -65,7 +65,7 @@ SIZES = {
 }
 # those of the harder questions that are also drawn
 DRAWN_LEVELS = ("blend 0.4",)
-# paper's and with the encoder term, with the weights of the shipped aligners
+# paper's and with the encoder term, with the lambdas of the shipped aligners
 RECIPES = {"lvlm": ("paper", "encoder-1-long"), "clip": ("clip-paper", "clip-encoder-2")}
 # [T5(words) ; x'], laid out as Eq. 5
 WORDS_TOO = f"words + {RECIPES['lvlm'][1]}"
@@ -577,10 +577,10 @@ def draw_and_judge(place, prompts, kinds, texts=None, first=0):
     """Images of prompts [(n, d_t5)], noise of seeds first, first + 1, ..., and whether CLIP sees
     the kinds.
 
-    FLUX's products are in bf16, as they are on a GPU."""
+    FLUX's products are in bf16 if the CPU has them."""
     own = tools(place.weights)
+    seeds = range(first, first + len(prompts))
     with flux.bf16_products():
-        seeds = range(first, first + len(prompts))
         images = draw_prompts(own.pipe, prompts, seeds, texts, BATCH, SIZES["flux_steps"])
     found = clip.judge(*own.judge, images, [kind[0] for kind in kinds])
     return images, [pair == kind[1:] for pair, kind in zip(found, kinds, strict=True)]

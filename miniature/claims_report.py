@@ -17,7 +17,7 @@ import transformers
 
 from cobsat_eval import DETAILS, KINDS
 from common import read_json, write_atomically, write_json
-from miniature import flux
+from miniature import muon
 from miniature.claims import (
     CONDITIONS,
     DRAWN_LEVELS,
@@ -492,7 +492,7 @@ def write(place):
         f"Aligners of {SIZES['seeds']} seeds each on {SIZES['images']} images unless said; LVLM "
         f"{SIZES['lvlm']} steps (-long: {SIZES['long']}), CLIP {SIZES['clip']}; held-out questions "
         "and images, "
-        f"{SIZES['flux_steps']} FLUX steps ({'bf16' if flux.has_bf16() else 'fp32'} products), "
+        f"{SIZES['flux_steps']} FLUX steps ({'bf16' if muon.has_bf16() else 'fp32'} products), "
         "`--true-cfg 3`, judged by the mini CLIP: "
         "right if it sees noun and value, among ten each. In brackets (a to b): Wilson's 95 % "
         "interval over the questions of one seed; [a, b]: lowest and highest seed. encoder-L: "

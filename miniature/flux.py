@@ -252,19 +252,13 @@ def position_ids():
     return FluxPipeline._prepare_latent_image_ids(1, SIDE, SIDE, cpu, torch.float32)
 
 
-def has_bf16():
-    """Whether the CPU multiplies in bf16. Others imitate it, 40 times slower than fp32."""
-    capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
-
-
 @contextlib.contextmanager
 def bf16_products():
     """Matrix products in bf16 if the CPU has them, three times as fast, but attention in fp32.
 
     The bf16 backward pass of attention is slower than all the rest.
     """
-    if not has_bf16():
+    if not muon.has_bf16():
         yield
         return
     fp32_attention = F.scaled_dot_product_attention

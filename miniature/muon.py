@@ -8,10 +8,17 @@ import math
 import torch
 
 
-class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024) on stacks of matrices of one shape; its iteration is in bf16.
+def has_bf16():
+    """Whether the CPU multiplies in bf16. Others imitate it, 40 times slower than fp32."""
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
 
-    torch.optim.Muon works on one matrix at a time, which is slow for many small ones.
+
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024) on stacks of matrices of one shape.
+
+    torch.optim.Muon works on one matrix at a time, which is slow for many small ones. Its iteration
+    is in bf16 if the CPU has it.
     """
 
     def __init__(self, params, lr, momentum=0.95, weight_decay=0.0):
@@ -32,7 +39,7 @@ class Muon(torch.optim.Optimizer):
                     p.add_(update.view_as(p), alpha=-scale)
 
     def _updates(self, params, momentum):
-        """Orthogonalised Nesterov momentum of n matrices of one shape: (n, rows, columns) bf16."""
+        """Orthogonalised Nesterov momentum of n matrices of one shape: (n, rows, columns)."""
         gradients = []
         for p in params:
             average = self.state[p].setdefault("momentum", torch.zeros_like(p))
@@ -41,7 +48,8 @@ class Muon(torch.optim.Optimizer):
         x = torch.stack(gradients)
         tall = x.shape[1] > x.shape[2]
         x = x.mT if tall else x
-        x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).bfloat16()
+        x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+        x = x.bfloat16() if has_bf16() else x
         # Newton-Schulz iteration: all singular values towards 1
         for _ in range(5):
             a = x @ x.mT

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from cobsat_eval import KINDS, shown_word
 from common import REPO
 from helpers import command, complaint
-from miniature import __main__, check, flux, vlm
+from miniature import __main__, check, flux, muon, vlm
 from miniature.world import ING, PLACE, caption, draw, label, with_article
 from test_protocol import parsed
 
@@ -132,6 +132,15 @@ def test_products_are_in_bf16_only_on_cpus_that_have_it(has_bf16, monkeypatch):
         is_stock = torch.nn.functional.scaled_dot_product_attention is attention
     assert is_stock != has_bf16
     assert torch.nn.functional.scaled_dot_product_attention is attention
+    # Muon's update of a first gradient: its singular vectors, with singular values of about 1
+    p = torch.nn.Parameter(torch.zeros(3, 5))
+    p.grad = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
+    update = muon.Muon([p], lr=1.0)._updates([p], 0.95)[0]
+    assert update.dtype == (torch.bfloat16 if has_bf16 else torch.float32)
+    u, _, vh = torch.linalg.svd(p.grad, full_matrices=False)
+    values = (u.T @ update.float() @ vh.T).diagonal()
+    assert 0.6 < values.min() and values.max() < 1.3, values
+    assert torch.dist(update.float(), (u * values) @ vh) < 0.05
 
 
 def test_shipped_weights_are_small():

@@ -350,7 +350,7 @@ def train(build, weights, seed, steps=STEPS):
 
 
 def train_transformer(name, new, velocity, assemble, build, weights, seed, steps, masked=False,
-                      mean=0.0):
+                      mean=0.0, muon_lr=LR):
     """Trains a transformer new(d_t5) of latents and texts, then calls assemble(build, weights).
 
     Exports the averaged weights to build/NAME at every save. Under torchrun each process takes its
@@ -367,7 +367,7 @@ def train_transformer(name, new, velocity, assemble, build, weights, seed, steps
     transformer = new(encoder.config.d_model)
     params = list(transformer.parameters())
     ema = {key: value.clone() for key, value in transformer.state_dict().items()}
-    optimizers = muon.make_optimizers(transformer.named_parameters(), ("blocks.",), LR, LR)
+    optimizers = muon.make_optimizers(transformer.named_parameters(), ("blocks.",), muon_lr, LR)
     state_path = build / f"{name}.pt"
     step = 0
     if state_path.exists():

@@ -80,7 +80,7 @@ DECODER_FLAGS = [
     ("--decoder", decoder_name, "flux", "flux",
      f"what draws: {', '.join(DECODERS)}; the last two draw videos. Each has its own --steps, "
      "--guidance and --size"),
-    ("--pixart", str, MODELS["pixart"], MINI["pixart"], "path or hub name"),
+    ("--pixart", str, MODELS["pixart"], MODELS["pixart"], "path or hub name"),
     ("--sd3", str, MODELS["sd3"], MODELS["sd3"], "path or hub name"),
     ("--chroma", str, MODELS["chroma"], MODELS["chroma"], "path or hub name"),
     ("--cogvideox", str, MODELS["cogvideox"], MODELS["cogvideox"], "path or hub name"),

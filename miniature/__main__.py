@@ -295,8 +295,7 @@ def main():
                    "ThinkDiff-CLIP (none: all)")
 
     add_command(commands, "gallery", gallery, "contexts and what each recipe draws from them",
-                ("--out", str, "outputs/gallery.png",
-                 "PNG; beside it -clip.png, of ThinkDiff-CLIP, and -decoders.png, of PixArt"),
+                ("--out", str, "outputs/gallery.png", "PNG; -clip.png beside it is ThinkDiff-CLIP"),
                 ("--weights", str, str(WEIGHTS), "folder of the stand-ins and aligners"),
                 ("--seed", common.seed, 0, "the first of four"))
 

@@ -47,13 +47,15 @@ from miniature.world import SIZE, caption, draw
 TAR_SIZE = 1000
 # in an order in which each finds what it needs
 STAND_INS = ("t5", "vae", "clip", "vlm", "flux", "pixart", "aligners")
-# {folder of an aligner: its variant and what it changes of `train --mini`}
+# {folder of an aligner: its variant, its number of images, and what it changes of `train --mini`}
 ALIGNERS = {
-    "aligner-lvlm": ("lvlm", ()),
+    "aligner-lvlm": ("lvlm", 5000, ()),
     "aligner-lvlm-encoder": (
-        "lvlm", ("--encoder-loss", 1, "--steps", 1500, "--lr-horizon", 1500)),
-    "aligner-clip": ("clip", ()),
-    "aligner-clip-encoder": ("clip", ("--encoder-loss", 2)),
+        "lvlm", 5000, ("--encoder-loss", 1, "--steps", 1500, "--lr-horizon", 1500)),
+    "aligner-clip": ("clip", 5000, ()),
+    "aligner-clip-encoder": (
+        "clip", 20000,
+        ("--encoder-loss", 2, "--hidden", 1024, "--steps", 6000, "--lr-horizon", 6000)),
 }
 CHECKS = ("t5", "clip", "vlm", "flux", "lvlm", "compose")
 # glibc otherwise returns a step's memory to the system and fetches it again in the next: FLUX
@@ -178,14 +180,16 @@ def run_script(*command):
 def train_aligners(args):
     """Draws and describes images, and trains the ALIGNERS by the real scripts, two at a time."""
     build, weights = Path(args.build), Path(args.weights)
-    images, features = build / "images", build / "features"
-    run_script("-m", "miniature", "draw", "--out", images, "--count", 5000)
-    run_script("prepare_data.py", "lvlm", "--mini", "--images", images, "--out", features,
+    images = {count: build / f"images-{count}" for _, count, _ in ALIGNERS.values()}
+    for count, folder in images.items():
+        run_script("-m", "miniature", "draw", "--out", folder, "--count", count)
+    features = build / "features"
+    run_script("prepare_data.py", "lvlm", "--mini", "--images", images[5000], "--out", features,
                "--vlm", weights / "qwen2-vl", "--seed", args.seed)
 
     def train_aligner(name):
-        variant, flags = ALIGNERS[name]
-        data, encoder = (features, "qwen2-vl") if variant == "lvlm" else (images, "clip")
+        variant, count, flags = ALIGNERS[name]
+        data, encoder = (features, "qwen2-vl") if variant == "lvlm" else (images[count], "clip")
         run_script(f"thinkdiff_{variant}.py", "train", "--mini", "--resume", "--data", data,
                    "--out", build / name, "--vlm", weights / encoder, "--t5", weights / "t5",
                    "--seed", args.seed, *flags)

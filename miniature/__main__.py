@@ -184,7 +184,8 @@ def train_aligners(args):
     for count, folder in images.items():
         run_script("-m", "miniature", "draw", "--out", folder, "--count", count)
     features = build / "features"
-    run_script("prepare_data.py", "lvlm", "--mini", "--images", images[5000], "--out", features,
+    run_script("prepare_data.py", "lvlm", "--mini", "--images",
+               images[ALIGNERS["aligner-lvlm"][1]], "--out", features,
                "--vlm", weights / "qwen2-vl", "--seed", args.seed)
 
     def train_aligner(name):

@@ -47,7 +47,7 @@ MODELS = {
 MINI = {
     flag: f"{REPO}/miniature/weights/{folder}"
     for flag, folder in {
-        "vlm": "qwen2-vl", "t5": "t5", "flux": "flux", "clip": "clip",
+        "vlm": "qwen2-vl", "t5": "t5", "flux": "flux", "pixart": "pixart", "clip": "clip",
         "aligner": "aligner-lvlm", "aligner-clip": "aligner-clip",
     }.items()
 }

@@ -300,7 +300,8 @@ def main():
                    "ThinkDiff-CLIP (none: all)")
 
     add_command(commands, "gallery", gallery, "contexts and what each recipe draws from them",
-                ("--out", str, "outputs/gallery.png", "PNG; -clip.png beside it is ThinkDiff-CLIP"),
+                ("--out", str, "outputs/gallery.png",
+                 "PNG; beside it -clip.png, of ThinkDiff-CLIP, and -decoders.png, of PixArt"),
                 ("--weights", str, str(WEIGHTS), "folder of the stand-ins and aligners"),
                 ("--seed", common.seed, 0, "the first of four"))
 

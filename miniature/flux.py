@@ -350,12 +350,12 @@ def train(build, weights, seed, steps=STEPS):
 
 
 def train_transformer(name, new, velocity, assemble, build, weights, seed, steps, masked=False,
-                      mean=0.0, muon_lr=LR):
+                      mean=0.0, muon_lr=LR, t_mean=0.0):
     """Trains a transformer new(d_t5) of latents and texts, then calls assemble(build, weights).
 
     Exports the averaged weights to build/NAME at every save. Under torchrun each process takes its
     share of the batch and the gradients are averaged (gloo). State: build/NAME.pt. masked: of
-    `conditions`. mean: added to the latents.
+    `conditions`. mean: added to the latents. t_mean: of logit t.
     """
     rank, world_size, _ = torchrun_ranks()
     if world_size > 1:
@@ -402,7 +402,7 @@ def train_transformer(name, new, velocity, assemble, build, weights, seed, steps
         kinds = [rng.randrange(len(KINDS)) for _ in range(batch)]
         x0 = latents[kinds, [rng.randrange(PER_KIND) for _ in range(batch)]].float() + mean
         condition = conditions(rng, generator, kinds, tokenizer, encoder, masked=masked)
-        t = torch.sigmoid(torch.randn(batch, generator=generator))
+        t = torch.sigmoid(t_mean + torch.randn(batch, generator=generator))
         noise = torch.randn(x0.shape, generator=generator)
         with bf16_products():
             loss = flow_loss(velocity, transformer, x0, noise, t, condition)

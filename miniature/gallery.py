@@ -7,13 +7,18 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 import models
-import pipelines
 import thinkdiff_clip
 from aligner import load_aligner
 from cobsat_eval import DETAILS, NOUNS, shown_word, wanted_text
 from common import EXAMPLE, write_atomically
 from miniature import clip
-from miniature.check import T5_LENGTH, answer_questions, draw_prompts, random_held_out
+from miniature.check import (
+    answer_questions,
+    draw_prompts,
+    load_drawing,
+    random_held_out,
+    text_prompts,
+)
 from miniature.world import with_article
 
 # px of an image, and between blocks of them
@@ -22,10 +27,14 @@ SEEDS = range(4)
 # seeds of the README's example
 EXAMPLE_SEEDS = range(24)
 RIGHT, WRONG, TEXT = "#1c7c37", "#b3261e", "#222222"
-# {folder of an aligner: its label}; None: the words
-RECIPES = {"aligner-lvlm": "paper's recipe", "aligner-lvlm-encoder": "with encoder term",
-           None: "the VLM's words"}
-CLIP_RECIPES = {"aligner-clip": "paper's recipe", "aligner-clip-encoder": "with encoder term"}
+# {label of a block: (decoder, folder of an aligner)}; None: the words
+RECIPES = {"paper's recipe": ("flux", "aligner-lvlm"),
+           "with encoder term": ("flux", "aligner-lvlm-encoder"),
+           "the VLM's words": ("flux", None)}
+DECODERS = {f"{name}, {label}": (name.lower(), RECIPES[recipe][1])
+            for recipe, label in (("paper's recipe", "paper's"), ("with encoder term", "enc. term"))
+            for name in ("FLUX", "PixArt")}
+CLIP_RECIPES = {"paper's recipe": "aligner-clip", "with encoder term": "aligner-clip-encoder"}
 
 
 # ---------------------------------------------------------------- what is drawn
@@ -68,7 +77,7 @@ def draw_row(pipe, judge, prompt, kind, seeds, text=""):
 
 
 @torch.no_grad()
-def lvlm_rows(weights, pipe, judge, seed):
+def lvlm_rows(weights, pipes, judge, seed, blocks=RECIPES):
     """[(context's cells, {label: images})] for the README's example and five other contexts."""
     questions = [example_question(), *held_out_questions()]
     words, features = answer_questions(weights / "qwen2-vl", questions, len(questions))
@@ -78,12 +87,13 @@ def lvlm_rows(weights, pipe, judge, seed):
         cells = [[said.strip().rstrip(",").split(": ")[-1], image] for (_, said), (_, image)
                  in zip(parts[::2], shown, strict=True)]
         drawn = {}
-        for folder, label in RECIPES.items():
-            prompt = pipelines.t5_embeds(pipe, [text], T5_LENGTH)[0]  # (48, d_t5)
+        for label, (decoder, folder) in blocks.items():
             if folder:
                 prompt = load_aligner(weights / folder)(x[None])[0]  # (n, d_t5)
+            else:
+                prompt = text_prompts(pipes[decoder], [text], decoder)[0]  # (n, d_t5)
             seeds = [seed + i for i in (SEEDS if number else EXAMPLE_SEEDS)]
-            images = draw_row(pipe, judge, prompt, kind, seeds)
+            images = draw_row(pipes[decoder], judge, prompt, kind, seeds)
             if not number:
                 shares[label] = sum(right for _, right in images)
             drawn[label] = images[:len(SEEDS)]
@@ -110,18 +120,24 @@ def compose_requests():
     return [*requests, ([first, [f"+ {label}", second]], [first[1], second], "", None)]
 
 
+def decoder_rows(weights, pipes, judge, seed):
+    """Those of lvlm_rows through FLUX and through PixArt, with the same aligners."""
+    return lvlm_rows(weights, pipes, judge, seed, DECODERS)
+
+
 @torch.no_grad()
-def clip_rows(weights, pipe, judge, seed):
+def clip_rows(weights, pipes, judge, seed):
     """The same for ThinkDiff-CLIP, of compose_requests."""
     tower, rows = models.load_clip(str(weights / "clip"), "cpu", torch.float32), []
+    pipe = pipes["flux"]
     for cells, images, text, wanted in compose_requests():
         pixels = [thinkdiff_clip.preprocess(image, tower.config.image_size) for image in images]
         x = thinkdiff_clip.image_tokens(tower, torch.stack(pixels))  # (n, 17, d_vlm)
         drawn = {}
-        for folder, label in CLIP_RECIPES.items():
+        for label, folder in CLIP_RECIPES.items():
             prompt = [*load_aligner(weights / folder)(x)]  # (17, d_t5) each
             if text:
-                prompt.append(pipelines.t5_embeds(pipe, [text], T5_LENGTH)[0])
+                prompt.append(text_prompts(pipe, [text])[0])
             seeds = [seed + i for i in SEEDS]
             drawn[label] = draw_row(pipe, judge, torch.cat(prompt), wanted, seeds, text)
         rows.append((cells, drawn))
@@ -188,12 +204,14 @@ def draw_page(rows, seed):
 
 
 def gallery(args):
-    """`gallery`: a PNG of ThinkDiff-LVLM, and NAME-clip.png of ThinkDiff-CLIP."""
+    """`gallery`: a PNG of ThinkDiff-LVLM, NAME-clip.png of ThinkDiff-CLIP, and NAME-decoders.png of
+    FLUX and PixArt side by side."""
     weights, out = Path(args.weights), Path(args.out)
-    pipe = pipelines.load_flux(str(weights / "flux"), "cpu", torch.float32, t5_encoder=True)
+    pipes = {name: load_drawing(weights, name) for name in ("flux", "pixart")}
     judge = clip.load(weights)
-    for rows, path in ((lvlm_rows, out), (clip_rows, out.with_stem(f"{out.stem}-clip"))):
-        found = rows(weights, pipe, judge, args.seed)
+    for rows, name in ((lvlm_rows, ""), (clip_rows, "-clip"), (decoder_rows, "-decoders")):
+        path = out.with_stem(out.stem + name)
+        found = rows(weights, pipes, judge, args.seed)
         print(*(f"{label}: {line}" for label, line in count_right(found).items()), sep="\n")
         page = draw_page(found, args.seed)
         write_atomically(path, lambda temporary, page=page: page.save(temporary, "PNG"))

@@ -29,11 +29,11 @@ def test_gallery_counts_and_marks_what_is_right(tmp_path, monkeypatch):
     monkeypatch.setattr(gallery, "EXAMPLE_SEEDS", range(2))
     monkeypatch.setattr(gallery, "draw_prompts", functools.partial(gallery.draw_prompts, steps=8))
     out, _ = command("miniature", "gallery", "--weights", weights, "--out", tmp_path / "page.png")
-    assert len(re.findall(r"red car, .*: right with \d of 2 seeds", out)) == 3
+    assert len(re.findall(r"red car, .*: right with \d of 2 seeds", out)) == 3 + 4
     assert "red car, the VLM's words: right with 2 of 2 seeds" in out
-    # six contexts; five images, and two composed ones that are not judged
-    assert re.findall(r"^[\w' ]+: \d of (\d) right$", out, re.M) == [*"66655"]
-    for name, columns in (("page.png", 3), ("page-clip.png", 2)):
+    # six contexts; five images, and two composed ones that are not judged; two decoders
+    assert re.findall(r"^[\w'., ]+: \d of (\d) right$", out, re.M) == [*"66655" "6666"]
+    for name, columns in (("page.png", 3), ("page-clip.png", 2), ("page-decoders.png", 4)):
         page = np.asarray(Image.open(tmp_path / name).convert("RGB"))
         counts = [(page == rgb(color)).all(-1).sum() for color in (gallery.RIGHT, gallery.WRONG)]
         # a frame of 3 px and its mark

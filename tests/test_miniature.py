@@ -202,3 +202,14 @@ def test_shipped_models_do_what_their_cards_say(tmp_path, monkeypatch):
         # the cards: 61 and 72 %, 98 and 98 %
         least = (17 if "encoder" in name else 8) / 20
         assert shares["I"]["both"] >= least and shares["I + T"]["both"] >= least
+
+
+def test_the_same_aligners_drive_pixart(tmp_path, monkeypatch):
+    """20 of the same questions; PixArt has seen no aligner's features, and no aligner PixArt."""
+    monkeypatch.setattr(check, "check_lvlm", functools.partial(check.check_lvlm, steps=10))
+    monkeypatch.chdir(tmp_path)
+    command("miniature", "check", "lvlm", "--decoder", "pixart", "--count", 20, "--json", "c.json")
+    shares = json.loads((tmp_path / "c.json").read_text())["lvlm"]
+    assert shares["words"]["all"] >= 0.8
+    assert shares["aligner-lvlm-encoder"]["of words"] >= 0.8
+    assert shares["aligner-lvlm"]["of words"] >= 0.5

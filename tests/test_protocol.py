@@ -111,7 +111,8 @@ CLIP_TRAIN = TRAIN | dict(
 FLUX_DRAWS = dict(flux=FLUX, seed=0, steps=28, guidance=3.5, true_cfg=1.0, dtype="auto")
 DRAW = FLUX_DRAWS | dict(mini=False, offload=False, quantize=False, compile=False, cache=None)
 MINI_FLUX = dict(flux="miniature/weights/flux", size=64, true_cfg=3.0)
-MINI_DRAW = MINI_FLUX | dict(batch_size=32, t5_length=48)
+MINI_DRAW = MINI_FLUX | dict(
+    pixart="miniature/weights/pixart", batch_size=32, t5_length=48)
 DECODERS = dict(
     decoder="flux", pixart="PixArt-alpha/PixArt-Sigma-XL-2-1024-MS",
     sd3="stabilityai/stable-diffusion-3.5-medium", chroma="lodestones/Chroma1-HD",

@@ -19,8 +19,8 @@ from miniature.vae import LATENT_CHANNELS
 HEADS = 4
 # as many as FLUX has
 BLOCKS = 6
-# the text's projection starts with outputs of unit scale: T5's have an RMS of 0.25, and those of
-# diffusers' own start one of 0.04, so that all of a text's tokens get the same attention at first
+# factors of the text projection's two weights at the start, with which its outputs have an RMS of 1.
+# With diffusers' own start they have 0.04, and a text's tokens get almost the same attention
 PROJECTION_GAINS = 7.0, 2.7
 # latents are 16 x 16
 SIDE = 16

@@ -19,8 +19,8 @@ from miniature.vae import LATENT_CHANNELS
 HEADS = 4
 # as many as FLUX has
 BLOCKS = 6
-# factors of the text projection's two weights at the start, with which its outputs have an RMS of 1.
-# With diffusers' own start they have 0.04, and a text's tokens get almost the same attention
+# factors of the text projection's two weights at the start: with them its outputs have an RMS of
+# 1, with diffusers' own start 0.04, and then a text's tokens all get almost the same attention
 PROJECTION_GAINS = 7.0, 2.7
 # latents are 16 x 16
 SIDE = 16

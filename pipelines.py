@@ -80,8 +80,11 @@ DECODER_FLAGS = [
     ("--decoder", decoder_name, "flux", "flux",
      f"what draws: {', '.join(DECODERS)}; the last two draw videos. Each has its own --steps, "
      "--guidance and --size"),
-    *((f"--{name}", str, MODELS[name], MINI.get(name, MODELS[name]), "path or hub name")
-      for name in DEFAULTS),
+    ("--pixart", str, MODELS["pixart"], MINI["pixart"], "path or hub name"),
+    ("--sd3", str, MODELS["sd3"], MODELS["sd3"], "path or hub name"),
+    ("--chroma", str, MODELS["chroma"], MODELS["chroma"], "path or hub name"),
+    ("--cogvideox", str, MODELS["cogvideox"], MODELS["cogvideox"], "path or hub name"),
+    ("--ltx", str, MODELS["ltx"], MODELS["ltx"], "path or hub name"),
 ]
 VIDEO_FLAGS = [
     ("--frames", number(int, 1, 10_001, step=4), 49, 49,

@@ -31,9 +31,10 @@ RIGHT, WRONG, TEXT = "#1c7c37", "#b3261e", "#222222"
 RECIPES = {"paper's recipe": ("flux", "aligner-lvlm"),
            "with encoder term": ("flux", "aligner-lvlm-encoder"),
            "the VLM's words": ("flux", None)}
-DECODERS = {f"{name}, {label}": (name.lower(), RECIPES[recipe][1])
-            for recipe, label in (("paper's recipe", "paper's"), ("with encoder term", "enc. term"))
-            for name in ("FLUX", "PixArt")}
+DECODERS = {"FLUX, paper's": ("flux", "aligner-lvlm"),
+            "PixArt, paper's": ("pixart", "aligner-lvlm"),
+            "FLUX, enc. term": ("flux", "aligner-lvlm-encoder"),
+            "PixArt, enc. term": ("pixart", "aligner-lvlm-encoder")}
 CLIP_RECIPES = {"paper's recipe": "aligner-clip", "with encoder term": "aligner-clip-encoder"}
 
 

@@ -355,7 +355,7 @@ def train_transformer(name, new, velocity, assemble, build, weights, seed, steps
 
     Exports the averaged weights to build/NAME at every save. Under torchrun each process takes its
     share of the batch and the gradients are averaged (gloo). State: build/NAME.pt. masked: of
-    `conditions`. mean: added to the latents. t_mean: of logit t.
+    `conditions`. mean: added to the latents. t_mean: mean of logit t.
     """
     rank, world_size, _ = torchrun_ranks()
     if world_size > 1:

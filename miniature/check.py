@@ -192,7 +192,7 @@ def check_lvlm(weights, aligner_paths, count, seed=0, batch=50, decoder="flux", 
             result[name]["of words"] = round(sum(both) / max(1, sum(by_words)), 4)
         else:
             by_words = right
-        save_grid(images, right, f"outputs/check-{name}.png")
+        save_grid(images, right, f"outputs/check-{decoder}-{name}.png")
     return result
 
 
@@ -246,7 +246,7 @@ def check_compose(weights, aligner_paths, count, seed=0, batch=50, decoder="flux
         found = clip.judge(*judge, images, [kind[0] for kind in kinds])
         wanted = [(kind[1], noun) for kind, noun in zip(kinds, nouns, strict=True)]
         right = [a == b for a, b in zip(found, wanted, strict=True)]
-        save_grid(images[:200], right[:200], f"outputs/check-{name.replace(' ', '')}.png")
+        save_grid(images[:200], right[:200], f"outputs/check-{decoder}-{name.replace(' ', '')}.png")
         return count_right(found, nouns, kinds), count_right(found, others, kinds)
 
     own = [kind[2] for kind in kinds]

@@ -393,6 +393,36 @@ def classification_losses(head, kinds, features):
             "value": F.cross_entropy(scores[:, 20:], value)}
 
 
+def add_gradients(model, head, tokenizer, encode, images, rng, pretraining):
+    """Adds the gradients of one step: of the classification, and of each task's questions.
+
+    images: of training_images. Returns the losses, [(name, scalar)].
+    """
+    def load(indices, noise, blur):
+        return augment(np.stack([images[index] for index in indices]), rng.randrange(2**32),
+                       noise, blur)
+
+    count = PRETRAIN_BATCH if pretraining else CLASSIFIED
+    indices = [(rng.randrange(len(KINDS)), rng.randrange(PER_KIND)) for _ in range(count)]
+    features = image_features(model, load(indices, 0.1, 0.2))  # (n, 16, WIDTH)
+    losses = classification_losses(head, [kind for kind, _ in indices], features)
+    found = [*losses.items()]
+    sum(losses.values()).backward()
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    for task in () if pretraining else BATCH:
+        samples = make_samples(task, encode, rng, end)
+        indices = [image for sample in samples for image in sample[1]]
+        noise, blur = (0.15, 0.4) if task == "judge" else (0.06, 0.1)
+        features = image_features(model, load(indices, noise, blur))  # (n, 16, WIDTH)
+        batch = collate(tokenizer, encode, samples)
+        logits, targets = answer_logits(model, batch, features, STATE_NOISE)
+        loss = F.cross_entropy(logits, targets)
+        losses = classification_losses(head, [kind for kind, _ in indices], features)
+        found += [*losses.items(), (task, loss)]
+        (loss * WEIGHT[task] + sum(losses.values()) * WEIGHT[task]).backward()
+    return found
+
+
 def train(build, weights, seed, steps=STEPS):
     """Trains the VLM from scratch (resumable), writes weights/qwen2-vl; returns model, processor.
 
@@ -404,7 +434,6 @@ def train(build, weights, seed, steps=STEPS):
     tokenizer = processor.tokenizer
     encode = functools.partial(tokenizer.encode, add_special_tokens=False)
     encode = functools.lru_cache(100_000)(encode)
-    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     model = make_model(tokenizer).train()
     head = torch.nn.Linear(WIDTH, len(OBJECTS + ANIMALS) + len(VALUES))
     params = [*model.parameters(), *head.parameters()]
@@ -422,15 +451,6 @@ def train(build, weights, seed, steps=STEPS):
         step, seconds = state["step"], state["seconds"]
 
     mean_loss = {}
-
-    def log(losses):
-        for name, loss in losses.items():
-            mean_loss[name] = 0.95 * mean_loss.get(name, loss.item()) + 0.05 * loss.item()
-
-    def load(indices, rng, noise, blur):
-        return augment(np.stack([images[index] for index in indices]), rng.randrange(2**32),
-                       noise, blur)
-
     began = saved = time.time()
     total = PRETRAIN_STEPS + steps
     bar = tqdm(total=total, initial=step, desc="vlm", mininterval=2)
@@ -444,25 +464,9 @@ def train(build, weights, seed, steps=STEPS):
         else:
             fraction = muon.warmup_cosine(step - PRETRAIN_STEPS, steps, WARMUP)
         muon.set_learning_rate(optimizers, fraction)
-        count = PRETRAIN_BATCH if pretraining else CLASSIFIED
-        tasks = [] if pretraining else list(BATCH)
-        indices = [(rng.randrange(len(KINDS)), rng.randrange(PER_KIND)) for _ in range(count)]
-        features = image_features(model, load(indices, rng, 0.1, 0.2))  # (n, 16, WIDTH)
-        losses = classification_losses(head, [kind for kind, _ in indices], features)
-        log(losses)
-        sum(losses.values()).backward()
-        for task in tasks:
-            samples = make_samples(task, encode, rng, end)
-            indices = [image for sample in samples for image in sample[1]]
-            noise, blur = (0.15, 0.4) if task == "judge" else (0.06, 0.1)
-            features = image_features(model, load(indices, rng, noise, blur))  # (n, 16, WIDTH)
-            batch = collate(tokenizer, encode, samples)
-            logits, targets = answer_logits(model, batch, features, STATE_NOISE)
-            loss = F.cross_entropy(logits, targets)
-            losses = classification_losses(head, [kind for kind, _ in indices], features)
-            log(losses)
-            log({task: loss})
-            (loss * WEIGHT[task] + sum(losses.values()) * WEIGHT[task]).backward()
+        found = add_gradients(model, head, tokenizer, encode, images, rng, pretraining)
+        for name, loss in found:
+            mean_loss[name] = 0.95 * mean_loss.get(name, loss.item()) + 0.05 * loss.item()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
         muon.step_optimizers(optimizers)
         step += 1

@@ -874,7 +874,8 @@ def keep_texts(notes):
 
 def odd_caption(rng, i):
     """(suffix, bytes, the text or None, whether it may also be left out)."""
-    text = f"number {i} " + rng.choice(["a dog", "été", "猫 🐈", "a\tb", "a\u2028b", "<pad></s>"])
+    ends = ["a dog", "été", "猫 🐈", "a\tb", "a\u2028b", "<pad></s>"]
+    text = f"number {i} {rng.choice(ends)}"
     how = rng.choice(["whole", "bytes", "coding", "blank", "nul", "huge", "json", "json"])
     suffix, data = "txt", text.encode()
     if how == "bytes":
